@@ -1,0 +1,1 @@
+"""What every other folder shares: errors, configuration, wire messages, byte layouts, clock."""

@@ -1,0 +1,303 @@
+"""The configuration: frozen dataclasses, a TOML file over the defaults, command line over the file.
+
+Nothing outside this file reads the environment or a configuration file. Every fault is reported at
+once, in one ConfigError. docs/config.md is generated from these docstrings (`tidepool config
+--markdown`); a string under a field is its documentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .errors import ConfigError
+from .layouts import IndexLayoutName, KvLayoutName, check_page_size
+
+_STRICT = ConfigDict(extra="forbid", strict=False, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class ModelSection:
+    """Which model, and how it computes."""
+
+    path: str = ""
+    """Checkpoint directory: config.json, safetensors, tokenizer."""
+    name: str = ""
+    """Name that /v1/models shows; empty: the directory's name."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations. auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model computes. auto: the GPU if there is one."""
+    threads: int = 0
+    """CPU threads a node uses for tensor work; 0: torch's own choice."""
+    strict_norm_eps: bool = False
+    """True: the two latent norms use 1e-6 as transformers does; False: the config's rms_norm_eps."""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class KvSection:
+    """How KV is stored; must be equal on all nodes, peers compare it when they meet."""
+
+    layout: KvLayoutName = "mla_bf16"
+    """Bytes of a KV row."""
+    index_layout: IndexLayoutName = "index_k"
+    """Bytes of an indexer key."""
+    page_size: int = 64
+    """Tokens a page on device, host and wire: a power of two from 1 to 256."""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class PrefillSection:
+    """Prefill nodes."""
+
+    chunk_tokens: int = 1024
+    """Token budget of one step, shared by the prompts being computed."""
+    max_active: int = 4
+    """Prompts computed at a time; the budget is divided among them."""
+    max_queued: int = 256
+    """Prompts waiting; one more is answered 429."""
+    pool_tokens: int = 65536
+    """Tokens of KV the node holds for prompts being computed or sent."""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class DecodeSection:
+    """Decode nodes: the host pool, the seats and the hot buffers."""
+
+    attention_backend: Literal["sparse", "dense"] = "sparse"
+    """Only "sparse" works with a hot buffer; anything else is refused at start."""
+    seats: int = 16
+    """Requests that decode at the same time; each has a hot buffer on the device."""
+    hot_rows: int = 4096
+    """Rows of a hot buffer (at least the model's index_topk); 0: the whole context stays resident."""
+    host_tokens: int = 262144
+    """Tokens the host pool holds."""
+    index_tokens: int = 262144
+    """Tokens the device's index pool holds."""
+    max_requests: int = 64
+    """Requests admitted at a time, seated or waiting for a seat."""
+    max_context: int = 0
+    """Longest sequence, prompt and output; 0: the model's own limit, bounded by the pools."""
+    park_after_tokens: int = 64
+    """A running request keeps its seat for at least this many tokens before it may be parked."""
+    warm_start: bool = True
+    """Load the prompt's last top-k into the hot buffer at admission."""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class TransferSection:
+    """The hand-off."""
+
+    protocol: Literal["tcp", "rdma", "loopback"] = "tcp"
+    """Mooncake's protocol; loopback moves bytes inside one process (tests)."""
+    checksums: Literal["auto", "on", "off"] = "auto"
+    """Per-page checksums; auto: on over tcp."""
+    max_chunk_tries: int = 3
+    """Times a chunk whose checksum differs is written before the attempt fails."""
+    max_write_bytes: int = 16 * 1024 * 1024
+    """Largest single write; longer runs are split."""
+    max_writes_in_flight: int = 8
+    """Writes submitted to the transport at a time."""
+    write_timeout_s: float = 10.0
+    """A write that has not ended by then fails its transfer."""
+    heartbeat_interval_s: float = 0.3
+    """Pings each way."""
+    heartbeat_timeout_s: float = 1.5
+    """Silence after which a peer counts as gone."""
+    resend_interval_s: float = 0.5
+    """Unanswered control messages are sent again after this time."""
+    deadline_s: float = 120.0
+    """An attempt that has not been handed over by then fails."""
+    max_queued_messages: int = 65536
+    """Bound of each socket's queue, in messages."""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class FrontSection:
+    """The HTTP front."""
+
+    host: str = "127.0.0.1"
+    """Interface the HTTP server listens on."""
+    port: int = 8000
+    """Port; 0 picks a free one."""
+    max_requests: int = 512
+    """Requests in flight; one more is answered 429."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    """Largest request body."""
+    max_attempts: int = 3
+    """Times a request is submitted before the client sees the failure."""
+    node_wait_s: float = 8.0
+    """How long a request waits for a node to come (back) before it is answered 503."""
+    stall_s: float = 30.0
+    """A request with no token for so long is submitted again."""
+    drain_s: float = 30.0
+    """How long Ctrl-C waits for running requests."""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class ClusterSection:
+    """Placement."""
+
+    name: str = "tidepool"
+    """Prefix of the Ray actors' names; two clusters on one Ray need different names."""
+    prefill: int = 1
+    """Prefill nodes."""
+    decode: int = 1
+    """Decode nodes."""
+    unified: int = 0
+    """Nodes that do both; used instead of prefill and decode nodes."""
+    cpus_per_node: float = 1.0
+    """CPUs Ray reserves for a node."""
+    gpus_per_node: float = 0.0
+    """GPUs Ray reserves for a node."""
+    bind_host: str = "auto"
+    """Interface the nodes' sockets listen on; auto: the address Ray knows the machine by."""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class Config:
+    """Everything."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    kv: KvSection = field(default_factory=KvSection)
+    prefill: PrefillSection = field(default_factory=PrefillSection)
+    decode: DecodeSection = field(default_factory=DecodeSection)
+    transfer: TransferSection = field(default_factory=TransferSection)
+    front: FrontSection = field(default_factory=FrontSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
+
+    def __post_init__(self) -> None:
+        faults = list(_faults(self))
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+
+def _faults(config: Config) -> Iterator[str]:
+    """Yields every fault that needs no model and no machine to see."""
+    try:
+        check_page_size(config.kv.page_size)
+    except ConfigError as error:
+        yield f"kv.page_size: {error}"
+    if config.decode.attention_backend != "sparse":
+        yield (
+            "decode.attention_backend: the hot buffer needs the sparse backend, "
+            f"not {config.decode.attention_backend!r}"
+        )
+    at_least_one = {
+        "prefill": ("chunk_tokens", "max_active", "max_queued", "pool_tokens"),
+        "decode": ("seats", "host_tokens", "index_tokens", "max_requests", "park_after_tokens"),
+        "transfer": (
+            "max_chunk_tries",
+            "max_write_bytes",
+            "max_writes_in_flight",
+            "max_queued_messages",
+        ),
+        "front": ("max_requests", "max_body_bytes", "max_attempts"),
+    }
+    for section, names in at_least_one.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 1:
+                yield f"{section}.{name}: must be at least 1, not {value}"
+    at_least_zero = {
+        "decode": ("hot_rows", "max_context"),
+        "model": ("threads",),
+        "cluster": ("prefill", "decode", "unified", "cpus_per_node", "gpus_per_node"),
+    }
+    for section, names in at_least_zero.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 0:
+                yield f"{section}.{name}: must not be negative, not {value}"
+    yield from _time_faults(config)
+    cluster = config.cluster
+    if not cluster.unified and not (cluster.prefill and cluster.decode):
+        yield "cluster: needs at least one prefill and one decode node, or unified nodes"
+    if not 0 <= config.front.port <= 65535:
+        yield f"front.port: must be from 0 to 65535, not {config.front.port}"
+
+
+def _time_faults(config: Config) -> Iterator[str]:
+    transfer = config.transfer
+    for name in (
+        "write_timeout_s",
+        "heartbeat_interval_s",
+        "heartbeat_timeout_s",
+        "resend_interval_s",
+        "deadline_s",
+    ):
+        if not getattr(transfer, name) > 0:
+            yield f"transfer.{name}: must be positive, not {getattr(transfer, name)}"
+    for name in ("node_wait_s", "stall_s", "drain_s"):
+        if not getattr(config.front, name) > 0:
+            yield f"front.{name}: must be positive, not {getattr(config.front, name)}"
+    if transfer.heartbeat_timeout_s < 2 * transfer.heartbeat_interval_s:
+        yield (
+            "transfer.heartbeat_timeout_s: must be at least twice heartbeat_interval_s "
+            f"({transfer.heartbeat_interval_s}), not {transfer.heartbeat_timeout_s}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration and where each value came from: "default", "file" or "command line"."""
+
+    config: Config
+    origins: Mapping[str, str]
+    """Key: "section.field"."""
+
+    def rows(self) -> Iterator[tuple[str, Any, str]]:
+        """Yields (dotted name, value, origin) in the order of the dataclasses."""
+        for section in dataclasses.fields(Config):
+            values = getattr(self.config, section.name)
+            for entry in dataclasses.fields(values):
+                name = f"{section.name}.{entry.name}"
+                yield name, getattr(values, entry.name), self.origins.get(name, "default")
+
+
+def resolve(path: Path | None, overrides: Mapping[str, Any]) -> Resolved:
+    """Reads `path` (TOML; None: no file) and lays `overrides` (dotted name -> value) over it.
+
+    Raises ConfigError with one line a fault: unreadable file, unknown section or key, wrong type,
+    values that cannot work.
+    """
+    tree = _read_toml(path) if path else {}
+    origins = {
+        f"{section}.{name}": f"file {path}"
+        for section, values in tree.items()
+        if isinstance(values, dict)
+        for name in values
+    }
+    for dotted, value in overrides.items():
+        section, _, name = dotted.partition(".")
+        tree.setdefault(section, {})[name] = value
+        origins[dotted] = "command line"
+    return Resolved(parse(tree), origins)
+
+
+def parse(tree: Mapping[str, Any]) -> Config:
+    """Builds a Config from nested mappings; raises ConfigError with every fault."""
+    try:
+        return TypeAdapter(Config).validate_python(dict(tree))
+    except ValidationError as error:
+        lines = (
+            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
