@@ -1,0 +1,1 @@
+"""Memory that holds KV: pinned host pages, device pages, indexer pages, seats, and who owns them."""
