@@ -150,6 +150,7 @@ class Resume(Message, frozen=True, tag="resume"):
     request_id: str
     attempt: int
     next_index: int
+    front_id: str
 
 
 class Cancel(Message, frozen=True, tag="cancel"):

@@ -1,0 +1,102 @@
+"""Builds a decode engine from a configuration: checks what the model and the machine allow."""
+
+from __future__ import annotations
+
+import torch
+
+from ..common.clock import Clock
+from ..common.config import Config
+from ..common.errors import ConfigError
+from ..common.layouts import KvGeometry
+from ..hostpool.index_pool import IndexPool
+from ..hostpool.pool import MLATokenToKVPoolHost
+from ..hostpool.seats import SeatPool
+from ..model.config import ModelConfig
+from ..model.model import Model
+from .admission import Admission
+from .coordinator import HiSparseCoordinator
+from .engine import DecodeEngine, Send
+from .hot_cache import HotCache
+
+
+def max_context(config: Config, model: ModelConfig) -> int:
+    """Longest sequence (prompt and output tokens) a decode node of this configuration takes."""
+    decode = config.decode
+    limits = [model.max_position_embeddings, decode.host_tokens, decode.index_tokens]
+    if decode.max_context:
+        limits.append(decode.max_context)
+    return min(limits)
+
+
+def check(config: Config, model: ModelConfig) -> None:
+    """Raises ConfigError with every fault that needs the model to see."""
+    decode, faults = config.decode, []
+    if decode.hot_rows and decode.hot_rows < model.index_topk:
+        faults.append(
+            f"decode.hot_rows: a hot buffer must hold the model's top-k of {model.index_topk} "
+            f"rows, not {decode.hot_rows}"
+        )
+    if decode.max_context > model.max_position_embeddings:
+        faults.append(
+            f"decode.max_context: the model was made for {model.max_position_embeddings} "
+            f"positions, not {decode.max_context}"
+        )
+    for name in ("host_tokens", "index_tokens"):
+        if getattr(decode, name) < config.kv.page_size:
+            faults.append(
+                f"decode.{name}: must hold at least one page of {config.kv.page_size} tokens, "
+                f"not {getattr(decode, name)}"
+            )
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def build_coordinator(
+    config: Config, model: ModelConfig, geometry: KvGeometry, device: torch.device
+) -> HiSparseCoordinator:
+    """Allocates the decode node's pools. Raises ConfigError if they do not fit the machine."""
+    check(config, model)
+    decode, context = config.decode, max_context(config, model)
+    host = MLATokenToKVPoolHost(
+        geometry, decode.host_tokens // geometry.page_size, pin=device.type == "cuda"
+    )
+    index = IndexPool(geometry, decode.index_tokens // geometry.page_size, device)
+    cache = HotCache(
+        geometry,
+        model.index_layer_of,
+        num_seats=decode.seats,
+        hot_rows=decode.hot_rows or context,
+        max_context=context,
+        topk=model.index_topk,
+        device=device,
+    )
+    admission = Admission(
+        host.pages,
+        index.pages,
+        page_size=geometry.page_size,
+        max_context=context,
+        max_requests=decode.max_requests,
+    )
+    return HiSparseCoordinator(
+        host, index, SeatPool(decode.seats), cache, admission, warm_start=decode.warm_start
+    )
+
+
+def build_engine(
+    config: Config,
+    model: Model,
+    geometry: KvGeometry,
+    device: torch.device,
+    *,
+    send: Send,
+    clock: Clock,
+) -> DecodeEngine:
+    """Allocates pools and seats and joins them to an engine."""
+    coordinator = build_coordinator(config, model.config, geometry, device)
+    return DecodeEngine(
+        model,
+        coordinator,
+        send=send,
+        clock=clock,
+        park_after_tokens=config.decode.park_after_tokens,
+    )

@@ -1,0 +1,310 @@
+"""The decode engine: admits, decodes, answers; one step a call, on the step thread.
+
+It knows nothing of how a prompt's KV comes: the receiver (decode_node/receiver.py, over the wire)
+and the unified node (deploy/unified.py, from a local prefill) call `try_admit`, then `make_ready` or
+`fail`. Tokens go to the front by `send`; each request ends with exactly one Finish.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+from ..common.clock import Clock
+from ..common.errors import RequestError, TidepoolError
+from ..common.wire import (
+    Cancel,
+    Finish,
+    FinishReason,
+    Load,
+    Message,
+    OutputToken,
+    Resume,
+    Sampling,
+    Tokens,
+)
+from ..model.model import Model
+from ..model.output import OutputRow, choose_tokens, has_stopped
+from ..transfer.fronts import FrontGone
+from .context import DecodeContext
+from .coordinator import HiSparseCoordinator
+from .scheduler import SeatScheduler
+from .sequence import RequestKey, Sequence, SequenceState
+
+MAX_FINISHED_RECORDS = 1024
+"""Ended requests whose tokens can still be asked for again."""
+
+log = logging.getLogger(__name__)
+
+Send = Callable[[str, Message], None]
+"""send(node_id, message): to the live incarnation of that node, or dropped."""
+
+
+class DecodeEngine:
+    """Step thread only, but for the constructor.
+
+    Args:
+        model: weights; shared with a prefill engine in the unified role.
+        coordinator: pools, seats, hot cache, ledger.
+        send: delivers a message to a front.
+        park_after_tokens: see SeatScheduler.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        coordinator: HiSparseCoordinator,
+        *,
+        send: Send,
+        clock: Clock,
+        park_after_tokens: int,
+    ) -> None:
+        self._model = model
+        self._coordinator = coordinator
+        self._send = send
+        self._clock = clock
+        self._scheduler = SeatScheduler(coordinator, park_after_tokens=park_after_tokens)
+        self._sequences: dict[RequestKey, Sequence] = {}
+        self._finished: OrderedDict[RequestKey, tuple[list[OutputToken], Finish]] = OrderedDict()
+        self.on_release: Callable[[Sequence], None] = lambda _: None
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.num_failed = 0
+
+    @property
+    def coordinator(self) -> HiSparseCoordinator:
+        return self._coordinator
+
+    # Admission, called by the receiver or the unified node
+
+    def try_admit(
+        self, key: RequestKey, front_id: str, num_prompt_tokens: int, sampling: Sampling
+    ) -> Sequence | None:
+        """Reserves everything the request can need; None if it does not fit now.
+
+        Raises RequestError if it can never fit, or if this attempt has been seen before.
+        """
+        self._coordinator.admission.check_can_ever_fit(num_prompt_tokens, sampling.max_tokens)
+        if key in self._sequences or key in self._finished:
+            raise RequestError(f"{key} has run here before", status=409, code="duplicate_attempt")
+        reserved = self._coordinator.admission.try_reserve(num_prompt_tokens, sampling.max_tokens)
+        if reserved is None:
+            return None
+        sequence = Sequence(
+            key=key,
+            front_id=front_id,
+            sampling=sampling,
+            num_prompt_tokens=num_prompt_tokens,
+            host_lease=reserved.host,
+            index_lease=reserved.index,
+            arrival_s=self._clock.now(),
+        )
+        self._sequences[key] = sequence
+        return sequence
+
+    def find(self, key: RequestKey) -> Sequence | None:
+        return self._sequences.get(key)
+
+    def make_ready(
+        self,
+        sequence: Sequence,
+        first_token: OutputToken,
+        warm_positions: tuple[tuple[int, ...], ...],
+    ) -> None:
+        """The prompt's KV is complete and verified: the first token goes out, decoding may begin."""
+        sequence.warm_positions = warm_positions
+        if sequence.state is not SequenceState.READY:
+            self._coordinator.admit_request_direct(sequence)
+        self._scheduler.add(sequence)
+        self._append(sequence, first_token)
+
+    def fail(self, key: RequestKey, error: RequestError, *, can_retry: bool) -> None:
+        """Ends a request with an error its client sees (or, if `can_retry`, with a new attempt)."""
+        sequence = self._sequences.get(key)
+        if sequence is None:
+            return
+        self.num_failed += 1
+        finish = Finish(
+            request_id=key[0],
+            attempt=key[1],
+            reason="error",
+            num_tokens=len(sequence.output),
+            status=error.status,
+            code=error.code,
+            detail=str(error),
+            can_retry=can_retry,
+        )
+        self._end(sequence, SequenceState.FAILED, finish)
+
+    # common.step_loop.Engine
+
+    def handle(self, event: object) -> bool:
+        match event:
+            case Cancel():
+                self.cancel((event.request_id, event.attempt))
+            case Resume():
+                self._resume(event)
+            case FrontGone():
+                for key, sequence in list(self._sequences.items()):
+                    if sequence.front_id == event.front_id:
+                        self.cancel(key)
+            case _:
+                return False
+        return True
+
+    def step(self) -> bool:
+        """Seats who can be seated and decodes one token for each running sequence."""
+        self._scheduler.assign()
+        batch = list(self._scheduler.running)
+        if not batch:
+            return False
+        try:
+            self._decode(batch)
+        except (TidepoolError, RuntimeError) as error:
+            self._fail_batch(batch, error)
+        return True
+
+    # Reading
+
+    def load(self) -> Load:
+        """What the front routes by."""
+        host = self._coordinator.host.pages
+        return Load(
+            num_queued=len(self._sequences) - len(self._scheduler.running),
+            num_running=len(self._scheduler.running),
+            num_parked=sum(
+                sequence.state is SequenceState.PARKED for sequence in self._scheduler.waiting
+            ),
+            free_pages=host.num_free,
+            total_pages=host.num_total,
+            quarantined_pages=host.num_quarantined,
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges for /metrics; names without the tidepool_ prefix."""
+        coordinator, cache = self._coordinator, self._coordinator.cache.stats
+        return {
+            "host_pages_total": coordinator.host.pages.num_total,
+            "host_pages_free": coordinator.host.pages.num_free,
+            "host_pages_quarantined": coordinator.host.pages.num_quarantined,
+            "index_pages_total": coordinator.index.pages.num_total,
+            "index_pages_free": coordinator.index.pages.num_free,
+            "seats_total": coordinator.seats.num_seats,
+            "seats_free": coordinator.seats.num_free,
+            "hot_rows_per_seat": coordinator.cache.hot_rows,
+            "hot_hits": cache.hits,
+            "hot_misses": cache.misses,
+            "rows_swapped_in": cache.rows_swapped_in,
+            "bytes_swapped_in": cache.bytes_swapped_in,
+            "decode_steps": self.num_steps,
+            "output_tokens": self.num_tokens,
+            "parks": self._scheduler.num_parks,
+            "failed_requests": self.num_failed,
+        }
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError or AssertionError if ledger, seats and tables do not agree."""
+        coordinator = self._coordinator
+        for pool in (coordinator.host.pages, coordinator.index.pages, coordinator.seats):
+            pool.check_invariants()
+        coordinator.cache.check_invariants()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._sequences
+
+    # One step
+
+    def _decode(self, batch: list[Sequence]) -> None:
+        coordinator = self._coordinator
+        step = coordinator.prepare_step(batch)
+        context = DecodeContext(coordinator.cache, coordinator.host, coordinator.index, step)
+        hidden_TD = self._model.forward(step.token_ids_B, step.positions_B, context)
+        rows = [
+            OutputRow(sequence.sampling, sequence.kv_len + 1, len(sequence.output))
+            for sequence in batch
+        ]
+        tokens = choose_tokens(
+            self._model.logits(hidden_TD), rows, self._model.config.eos_token_ids
+        )
+        faults = context.fault_B.tolist()
+        self.num_steps += 1
+        for sequence, token, fault in zip(batch, tokens, faults, strict=True):
+            if fault:
+                self._fault(sequence, fault)
+                continue
+            sequence.tokens_since_seated += 1
+            self._append(sequence, token)
+        coordinator.finish_step(
+            [sequence for sequence in batch if sequence.state is SequenceState.RUNNING]
+        )
+
+    def _append(self, sequence: Sequence, token: OutputToken) -> None:
+        index = len(sequence.output)
+        sequence.output.append(token)
+        self.num_tokens += 1
+        request_id, attempt = sequence.key
+        self._send(sequence.front_id, Tokens(request_id, attempt, index, (token,)))
+        sampling = sequence.sampling
+        if has_stopped(token, sampling, len(sequence.output), self._model.config.eos_token_ids):
+            self._finish(sequence, "stop")
+        elif len(sequence.output) >= sampling.max_tokens:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        request_id, attempt = sequence.key
+        finish = Finish(request_id, attempt, reason, num_tokens=len(sequence.output))
+        self._end(sequence, SequenceState.FINISHED, finish)
+
+    def cancel(self, key: RequestKey) -> None:
+        """Ends a request nobody wants any more; unknown keys are ignored."""
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            finish = Finish(key[0], key[1], "cancelled", num_tokens=len(sequence.output))
+            self._end(sequence, SequenceState.FINISHED, finish)
+
+    def _end(self, sequence: Sequence, state: SequenceState, finish: Finish) -> None:
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.key]
+        self._finished[sequence.key] = (sequence.output, finish)
+        while len(self._finished) > MAX_FINISHED_RECORDS:
+            self._finished.popitem(last=False)
+        self._coordinator.release_req(sequence, state)
+        self.on_release(sequence)
+        self._send(sequence.front_id, finish)
+
+    def _resume(self, event: Resume) -> None:
+        """Sends again what the front missed."""
+        key = (event.request_id, event.attempt)
+        sequence = self._sequences.get(key)
+        finish: Finish | None = None
+        if sequence is not None:
+            output = sequence.output
+        elif key in self._finished:
+            output, finish = self._finished[key]
+        else:
+            return
+        missed = tuple(output[event.next_index :])
+        if missed:
+            self._send(event.front_id, Tokens(key[0], key[1], event.next_index, missed))
+        if finish is not None:
+            self._send(event.front_id, finish)
+
+    def _fault(self, sequence: Sequence, fault: int) -> None:
+        error = RequestError(
+            f"the hot cache could not resolve this request's rows (fault flags {fault})",
+            status=500,
+            code="kv_fault",
+        )
+        log.error("%s: fault flags %d at length %d", sequence.key, fault, sequence.kv_len)
+        self.fail(sequence.key, error, can_retry=True)
+
+    def _fail_batch(self, batch: list[Sequence], error: Exception) -> None:
+        """A step that raised: its sequences fail, the node goes on with the others."""
+        log.error("a decode step of %d sequences failed", len(batch), exc_info=error)
+        for sequence in batch:
+            reason = RequestError(
+                f"the decode step failed: {error}", status=500, code="step_failed"
+            )
+            self.fail(sequence.key, reason, can_retry=True)

@@ -1,0 +1,70 @@
+"""From logits to output tokens, the same for a prompt's first token and every later one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..common.wire import OutputToken, Sampling
+from .sampling import SamplingBatch, logprobs, sample
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRow:
+    """One row of logits.
+
+    Attributes:
+        position: where the sampled token will stand in the sequence; keys its randomness.
+        num_output: output tokens the attempt has so far.
+    """
+
+    sampling: Sampling
+    position: int
+    num_output: int
+
+
+def choose_tokens(
+    logits_NV: Tensor, rows: list[OutputRow], eos_token_ids: Collection[int]
+) -> list[OutputToken]:
+    """Samples one token a row of float32 logits [N, V], with logprobs for those who asked."""
+    batch = SamplingBatch.build(
+        [(row.sampling, row.position) for row in rows], device=logits_NV.device
+    )
+    masked_NV = _ban_stops(logits_NV, rows, eos_token_ids)
+    token_ids = sample(masked_NV, batch).tolist()
+    top_ns = [row.sampling.logprobs for row in rows]
+    if max(top_ns) < 0:
+        return [OutputToken(token_id) for token_id in token_ids]
+    chosen = logprobs(logits_NV, torch.tensor(token_ids, device=logits_NV.device), top_ns)
+    return [
+        OutputToken(token_id, logprob) for token_id, logprob in zip(token_ids, chosen, strict=True)
+    ]
+
+
+def has_stopped(
+    token: OutputToken, sampling: Sampling, num_output: int, eos_token_ids: Collection[int]
+) -> bool:
+    """Whether the attempt ends with `token`, its `num_output`-th output token."""
+    if num_output <= sampling.min_tokens:
+        return False
+    is_eos = token.token_id in eos_token_ids and not sampling.ignore_eos
+    return is_eos or token.token_id in sampling.stop_token_ids
+
+
+def _ban_stops(logits_NV: Tensor, rows: list[OutputRow], eos_token_ids: Collection[int]) -> Tensor:
+    """Rows that have not reached min_tokens cannot choose a token that would end them."""
+    masked_NV = logits_NV
+    for number, row in enumerate(rows):
+        if row.num_output >= row.sampling.min_tokens:
+            continue
+        banned = set(row.sampling.stop_token_ids)
+        if not row.sampling.ignore_eos:
+            banned |= set(eos_token_ids)
+        banned = {token for token in banned if 0 <= token < logits_NV.shape[1]}
+        if banned:
+            masked_NV = masked_NV.clone() if masked_NV is logits_NV else masked_NV
+            masked_NV[number, sorted(banned)] = float("-inf")
+    return masked_NV
