@@ -1,0 +1,44 @@
+"""The plain parts of a transformer layer: norms, projections, gated MLP. Functions of tensors.
+
+Shape suffixes: T tokens, M hidden width, F inner width of an MLP, X any width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float) -> Tensor:
+    """RMSNorm in float32; cast back before the weight, as the reference models do."""
+    x32_TX = x_TX.float()
+    variance_T1 = x32_TX.square().mean(-1, keepdim=True)
+    return weight_X * (x32_TX * torch.rsqrt(variance_T1 + eps)).to(x_TX.dtype)
+
+
+def layer_norm(x_TX: Tensor, weight_X: Tensor, bias_X: Tensor, eps: float) -> Tensor:
+    """LayerNorm with bias, in float32; `weight_X` and `bias_X` are float32."""
+    return F.layer_norm(x_TX.float(), weight_X.shape, weight_X, bias_X, eps).to(x_TX.dtype)
+
+
+def linear_fp32(x_TM: Tensor, weight_XM: Tensor) -> Tensor:
+    """x @ weight.T accumulated and returned in float32, whatever the input dtypes are."""
+    if x_TM.dtype == weight_XM.dtype != torch.float32 and x_TM.is_cuda:
+        return torch.mm(x_TM, weight_XM.t(), out_dtype=torch.float32)
+    return F.linear(x_TM.float(), weight_XM.float())
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """SwiGLU: down(silu(gate x) * up x); gate and up are one matrix."""
+
+    gate_up_FM: Tensor
+    """[2F, M]: gate rows, then up rows."""
+    down_MF: Tensor
+
+    def __call__(self, x_TM: Tensor) -> Tensor:
+        gate_TF, up_TF = F.linear(x_TM, self.gate_up_FM).chunk(2, dim=-1)
+        return F.linear(F.silu(gate_TF) * up_TF, self.down_MF)

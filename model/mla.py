@@ -1,0 +1,110 @@
+"""Multi-head latent attention in the absorbed form, over the positions the indexer selected.
+
+   x --W_DQ--> norm --> q_latent --W_UQ--> q_nope, q_rope       q_rope, k_rope: rotated in place
+   x --W_DKV-> norm --> latent, k_rope    (one row of cache)
+   attend( q_nope @ W_UK, q_rope | latent, k_rope ) --> W_UV --> W_O
+
+Keys and values are never expanded: W_UK joins the query, W_UV the output (DeepSeek-V2,
+arXiv:2405.04434, section 2.1). The layer owns weights only; rows live in the context.
+
+Shape suffixes: T tokens, M hidden width, Q query latent width, H heads, N nope width, R rope width,
+C latent width, V value width, F = R / 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import ModelConfig
+from .context import AttentionContext
+from .indexer import Indexer
+from .layers import rms_norm
+from .rope import apply_rope_
+from .weights import Weights
+
+STRICT_NORM_EPS = 1e-6
+"""What transformers hard-codes for the two latent norms."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """One layer's attention. `indexer` is None where the layer shares the last one's selection."""
+
+    layer: int
+    nope_dim: int
+    norm_eps: float
+    scale: float
+    q_a_QM: Tensor
+    q_norm_Q: Tensor
+    q_b: Tensor
+    """[H * (N + R), Q]"""
+    kv_a: Tensor
+    """[C + R, M]"""
+    kv_norm_C: Tensor
+    up_key_HNC: Tensor
+    up_value_HVC: Tensor
+    out: Tensor
+    """[M, H * V]"""
+    indexer: Indexer | None
+
+    @classmethod
+    def load(
+        cls,
+        weights: Weights,
+        config: ModelConfig,
+        layer: int,
+        *,
+        strict_norm_eps: bool,
+        compiled_gates: bool,
+    ) -> LatentAttention:
+        prefix = f"model.layers.{layer}.self_attn."
+        kv_b = weights.get(prefix + "kv_b_proj.weight")
+        kv_b = kv_b.unflatten(0, (config.num_attention_heads, -1))
+        has_indexer = config.indexer_types[layer] == "full"
+        return cls(
+            layer=layer,
+            nope_dim=config.qk_nope_head_dim,
+            norm_eps=STRICT_NORM_EPS if strict_norm_eps else config.rms_norm_eps,
+            scale=config.softmax_scale,
+            q_a_QM=weights.get(prefix + "q_a_proj.weight"),
+            q_norm_Q=weights.get(prefix + "q_a_layernorm.weight"),
+            q_b=weights.get(prefix + "q_b_proj.weight"),
+            kv_a=weights.get(prefix + "kv_a_proj_with_mqa.weight"),
+            kv_norm_C=weights.get(prefix + "kv_a_layernorm.weight"),
+            up_key_HNC=kv_b[:, : config.qk_nope_head_dim].contiguous(),
+            up_value_HVC=kv_b[:, config.qk_nope_head_dim :].contiguous(),
+            out=weights.get(prefix + "o_proj.weight"),
+            indexer=Indexer.load(weights, config, layer, compiled_gates=compiled_gates)
+            if has_indexer
+            else None,
+        )
+
+    def __call__(
+        self, x_TM: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
+    ) -> Tensor:
+        q_latent_TQ = rms_norm(F.linear(x_TM, self.q_a_QM), self.q_norm_Q, self.norm_eps)
+        self._store(x_TM, cos_TF, sin_TF, context)
+        if self.indexer is not None:
+            self.indexer(x_TM, q_latent_TQ, cos_TF, sin_TF, context)
+        num_heads = self.up_key_HNC.shape[0]
+        q_TH = F.linear(q_latent_TQ, self.q_b).unflatten(-1, (num_heads, -1))
+        q_nope_THN, q_rope_THR = q_TH[..., : self.nope_dim], q_TH[..., self.nope_dim :]
+        apply_rope_(q_rope_THR, cos_TF, sin_TF, interleaved=True)
+        q_absorbed_HTC = torch.bmm(q_nope_THN.transpose(0, 1), self.up_key_HNC)
+        out_THC = context.attend(self.layer, q_absorbed_HTC.transpose(0, 1), q_rope_THR, self.scale)
+        out_HTV = torch.bmm(out_THC.transpose(0, 1), self.up_value_HVC.transpose(1, 2))
+        return F.linear(out_HTV.transpose(0, 1).flatten(1), self.out)
+
+    def _store(
+        self, x_TM: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
+    ) -> None:
+        """Computes the pass's rows and hands them over: normed latent, rotated rope key."""
+        kv_T = F.linear(x_TM, self.kv_a)
+        latent_dim = self.kv_norm_C.shape[0]
+        latent_TC = rms_norm(kv_T[:, :latent_dim], self.kv_norm_C, self.norm_eps)
+        k_rope_TR = apply_rope_(kv_T[:, latent_dim:], cos_TF, sin_TF, interleaved=True)
+        context.store_kv(self.layer, latent_TC, k_rope_TR)

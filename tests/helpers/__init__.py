@@ -1,0 +1,1 @@
+"""Helpers that tests share: `from helpers.tiny_models import ...` (pytest's pythonpath is tests/)."""
