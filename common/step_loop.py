@@ -36,14 +36,14 @@ class StepLoop:
     """Runs engines on one thread.
 
     Args:
-        engines: stepped in this order; an event goes to the first that takes it.
+        engines: stepped in this order; an event goes to the first that takes it. Read at start.
         on_fatal: called on the step thread with what escaped an engine; the loop has ended then.
     """
 
     def __init__(
         self, name: str, engines: Sequence[Engine], on_fatal: Callable[[BaseException], None]
     ) -> None:
-        self._engines = list(engines)
+        self._engines = engines
         self._on_fatal = on_fatal
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stopping = threading.Event()

@@ -71,6 +71,7 @@ class DecodeEngine:
         self.num_steps = 0
         self.num_tokens = 0
         self.num_failed = 0
+        self.is_draining = False
 
     @property
     def coordinator(self) -> HiSparseCoordinator:
@@ -86,6 +87,8 @@ class DecodeEngine:
         Raises RequestError if it can never fit, or if this attempt has been seen before.
         """
         self._coordinator.admission.check_can_ever_fit(num_prompt_tokens, sampling.max_tokens)
+        if self.is_draining:
+            raise RequestError("the decode node is draining", status=503, code="draining")
         if key in self._sequences or key in self._finished:
             raise RequestError(f"{key} has run here before", status=409, code="duplicate_attempt")
         reserved = self._coordinator.admission.try_reserve(num_prompt_tokens, sampling.max_tokens)
@@ -179,6 +182,7 @@ class DecodeEngine:
             free_pages=host.num_free,
             total_pages=host.num_total,
             quarantined_pages=host.num_quarantined,
+            is_draining=self.is_draining,
         )
 
     def stats(self) -> dict[str, float]:

@@ -7,14 +7,28 @@ comparison with prefill and decode apart.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
+from ..common.clock import MonotonicClock
+from ..common.config import Config
 from ..common.errors import RequestError
+from ..common.step_loop import Engine, StepLoop
 from ..common.wire import OutputToken
+from ..decode_node import build as decode_build
+from ..decode_node.build import max_context
 from ..decode_node.engine import DecodeEngine
 from ..hostpool.device_pool import DevicePool
+from ..model.runtime import load_runtime
+from ..prefill_node import build as prefill_build
+from ..prefill_node.build import build_pool
 from ..prefill_node.handoff import HandoffFailed, HandoffGranted, HandoffReleased
 from ..prefill_node.job import Job
+from ..transfer.control import ControlLoop
+from ..transfer.fronts import FrontHandler
+from ..transfer.node import Auditor, Node, total_load
+
+OnFatal = Callable[[BaseException], None]
 
 
 class LocalHandoff:
@@ -83,3 +97,40 @@ class LocalHandoff:
             return False
         self._post(HandoffGranted(job.key))
         return True
+
+
+def build_node(config: Config, *, node_id: str, bind_host: str, on_fatal: OnFatal) -> Node:
+    """Loads the model once and joins both engines, the hand-off and a control loop."""
+    runtime = load_runtime(config)
+    clock = MonotonicClock()
+    control = ControlLoop(
+        node_id,
+        "unified",
+        time.time_ns(),
+        bind_host=bind_host,
+        layout_hash=runtime.geometry.layout_hash,
+        layout_text=runtime.geometry.layout_text,
+        config=config.transfer,
+        clock=clock,
+        on_fatal=on_fatal,
+    )
+    pool = build_pool(config, runtime.geometry, runtime.device)
+    decode = decode_build.build_engine(
+        config, runtime.model, runtime.geometry, runtime.device, send=control.send, clock=clock
+    )
+    engines: list[Engine] = []
+    step_loop = StepLoop(f"step-{node_id}", engines, on_fatal)
+    handoff = LocalHandoff(decode, pool, step_loop.post)
+    prefill = prefill_build.build_engine(
+        config, runtime.model, runtime.geometry, pool, handoff=handoff, send=control.send
+    )
+    both = (prefill, decode)
+    engines += [Auditor(both), prefill, handoff, decode]
+    fronts = FrontHandler(
+        step_loop.post,
+        lambda: control.set_load(total_load(both)),
+        clock,
+        grace_s=config.transfer.front_grace_s,
+    )
+    context = min(max_context(config, runtime.model.config), prefill.max_prompt_tokens)
+    return Node(control, step_loop, [fronts], both, max_context=context)

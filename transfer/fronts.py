@@ -1,6 +1,6 @@
 """What fronts ask of a node, on its way from the I/O thread to the step thread's inbox.
 
-One of the handlers of a node's control loop. A front whose session is down keeps its requests for
+One of the handlers of a node's control loop; it also keeps the load that fronts route by. A front whose session is down keeps its requests for
 `grace_s` (it may be a short partition); a front that came back as another process, or not at all,
 has nobody listening: FrontGone.
 """
@@ -27,13 +27,20 @@ class FrontHandler:
 
     Args:
         post_event: puts an event into the step loop's inbox; thread-safe.
+        tell_load: called at every tick; sets what the node's Pings carry.
         grace_s: seconds a silent front keeps its requests.
     """
 
     def __init__(
-        self, post_event: Callable[[object], None], clock: Clock, *, grace_s: float
+        self,
+        post_event: Callable[[object], None],
+        tell_load: Callable[[], None],
+        clock: Clock,
+        *,
+        grace_s: float,
     ) -> None:
         self._post_event = post_event
+        self._tell_load = tell_load
         self._clock = clock
         self._grace_s = grace_s
         self._epochs: dict[str, int] = {}
@@ -60,6 +67,7 @@ class FrontHandler:
             self._down_since_s[peer.node_id] = self._clock.now()
 
     def on_tick(self, now_s: float) -> None:
+        self._tell_load()
         for front_id, since_s in list(self._down_since_s.items()):
             if now_s - since_s >= self._grace_s:
                 del self._down_since_s[front_id]

@@ -1,0 +1,121 @@
+"""The Ray shells of the nodes and the front. Ray starts, places and restarts; nothing of it runs
+per step or per token.
+
+A node that finds its own state wrong ends its process, and Ray starts a fresh one: state that is
+known to be wrong is never served from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+import ray
+
+from ..common.config import Config
+from ..transfer.node import Node
+from .front.nodes import NodeInfo
+from .front.server import FrontServer, build_server
+
+POLL_INTERVAL_S = 0.5
+POLL_TIMEOUT_S = 2.0
+
+log = logging.getLogger(__name__)
+
+
+def _end_process(error: BaseException) -> None:
+    """Called by a node whose loop has ended by an error: the process must not live on."""
+    print(f"tidepool: the node ends: {error!r}", file=sys.stderr, flush=True)
+    os._exit(70)
+
+
+def _build(role: str, config: Config, node_id: str, bind_host: str) -> Node:
+    """Builds the node of `role`; imports only what that role needs."""
+    if role == "prefill":
+        from ..prefill_node.node import build_node  # noqa: PLC0415
+    elif role == "decode":
+        from ..decode_node.node import build_node  # noqa: PLC0415
+    else:
+        from .unified import build_node  # noqa: PLC0415
+    return build_node(config, node_id=node_id, bind_host=bind_host, on_fatal=_end_process)
+
+
+def bind_address(config: Config) -> str:
+    """The interface this machine's sockets listen on."""
+    if config.cluster.bind_host != "auto":
+        return config.cluster.bind_host
+    return str(ray.util.get_node_ip_address())
+
+
+class NodeActor:
+    """One node. Methods run on the actor's threads; the node has its own."""
+
+    def __init__(self, role: str, config: Config, node_id: str) -> None:
+        logging.basicConfig(level=logging.INFO, format=f"[{node_id}] %(levelname)s %(message)s")
+        self._node = _build(role, config, node_id, bind_address(config))
+        self._node.start()
+
+    def info(self) -> dict[str, Any]:
+        return self._node.info()
+
+    def audit(self) -> dict[str, Any]:
+        """Checks every invariant of the node's pools and tables; raises what it found."""
+        return self._node.audit()
+
+    def drain(self, timeout_s: float) -> bool:
+        return self._node.drain(timeout_s)
+
+    def stop(self) -> None:
+        self._node.stop()
+
+
+class FrontActor:
+    """The HTTP front, and the poller that tells it which nodes there are.
+
+    Args:
+        node_names: names of the node actors, on this Ray.
+        namespace: their Ray namespace.
+    """
+
+    def __init__(
+        self, config: Config, front_id: str, node_names: list[str], namespace: str
+    ) -> None:
+        logging.basicConfig(level=logging.INFO, format=f"[{front_id}] %(levelname)s %(message)s")
+        self._names = node_names
+        self._namespace = namespace
+        self._infos: dict[str, NodeInfo] = {}
+        self._server: FrontServer = build_server(
+            config, node_id=front_id, epoch=time.time_ns(), bind_host=bind_address(config)
+        )
+        self._poller: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Starts serving; returns the URL."""
+        url = await self._server.start()
+        self._poller = asyncio.create_task(self._poll())
+        return url
+
+    async def stop(self, drain_s: float) -> None:
+        if self._poller is not None:
+            self._poller.cancel()
+        await self._server.stop(drain_s)
+
+    async def _poll(self) -> None:
+        """Asks every node actor who it is, for ever; a node that does not answer is left out."""
+        while True:
+            found = await asyncio.gather(*(self._ask(name) for name in self._names))
+            self._server.update_nodes([info for info in found if info is not None])
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _ask(self, name: str) -> NodeInfo | None:
+        try:
+            actor = ray.get_actor(name, namespace=self._namespace)
+            answer = await asyncio.wait_for(actor.info.remote(), POLL_TIMEOUT_S)
+            return NodeInfo(**answer)
+        except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
+            log.debug("%s does not answer: %s", name, error)
+            return None

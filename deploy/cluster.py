@@ -1,0 +1,233 @@
+"""A cluster on Ray: one placement group and one named, restartable actor a node, and the front.
+
+`start` brings it up, `Cluster.stop` takes all of it down; `serve` is what the command line runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..common.config import Config, Resolved
+from ..common.errors import ConfigError, PeerError
+from ..decode_node.build import check as check_decode
+from ..model.runtime import check_model
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 20.0
+LOCAL_OBJECT_STORE_BYTES = 100_000_000
+"""Nothing large goes through Ray's object store; its default would take 30 % of the memory."""
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A running cluster.
+
+    Attributes:
+        url: where the front listens.
+        nodes: node id -> actor handle.
+    """
+
+    config: Config
+    namespace: str
+    owns_ray: bool
+    url: str = ""
+    front: Any = None
+    nodes: dict[str, Any] = field(default_factory=dict)
+    groups: list[Any] = field(default_factory=list)
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Drains for up to `drain_s` seconds, then ends the front, the nodes and what we started."""
+        import ray  # noqa: PLC0415
+
+        if self.front is not None:
+            _try_get(self.front.stop.remote(drain_s), drain_s + STOP_TIMEOUT_S)
+            ray.kill(self.front)
+        stops = [actor.stop.remote() for actor in self.nodes.values()]
+        for stop in stops:
+            _try_get(stop, STOP_TIMEOUT_S)
+        for actor in self.nodes.values():
+            ray.kill(actor)
+        for group in self.groups:
+            ray.util.remove_placement_group(group)
+        if self.owns_ray:
+            ray.shutdown()
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError or CheckpointError for all that can be seen before anything starts."""
+    model = check_model(config)
+    check_decode(config, model)
+
+
+def start(config: Config, *, address: str | None = None, log_to_driver: bool = True) -> Cluster:
+    """Starts the cluster and waits until the front is ready.
+
+    Args:
+        address: of a running Ray; None: a local one is started, and ended by `stop`.
+        log_to_driver: whether the actors' output appears here.
+
+    Raises PeerError if a node does not come up; everything started until then is stopped.
+    """
+    check(config)
+    cluster = _connect(config, address, log_to_driver)
+    try:
+        _place_nodes(cluster)
+        _place_front(cluster)
+    except BaseException:
+        cluster.stop()
+        raise
+    return cluster
+
+
+def serve(resolved: Resolved, *, address: str | None = None) -> None:
+    """Runs a cluster until Ctrl-C or SIGTERM, then drains; a second signal hurries."""
+    config = resolved.config
+    stopping = threading.Event()
+    hurry = threading.Event()
+
+    def on_signal(signum: int, frame: object) -> None:
+        if stopping.is_set():
+            hurry.set()
+        stopping.set()
+
+    cluster = start(config, address=address)
+    previous = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    print(
+        f"tidepool serves {config.model.path} at {cluster.url}  (Ctrl-C drains and stops)",
+        flush=True,
+    )
+    try:
+        stopping.wait()
+        print(
+            f"draining for up to {config.front.drain_s:.0f} s (Ctrl-C again: at once)", flush=True
+        )
+        stopper = threading.Thread(target=cluster.stop, args=(config.front.drain_s,), daemon=True)
+        stopper.start()
+        while stopper.is_alive() and not hurry.is_set():
+            stopper.join(0.1)
+        if hurry.is_set():
+            cluster.stop(0.0)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _connect(config: Config, address: str | None, log_to_driver: bool) -> Cluster:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray  # noqa: PLC0415
+
+    namespace = f"tidepool-{config.cluster.name}"
+    if address is None:
+        num_nodes = config.cluster.unified or config.cluster.prefill + config.cluster.decode
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, int(num_nodes * config.cluster.cpus_per_node) + 1),
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            namespace=namespace,
+            log_to_driver=log_to_driver,
+            configure_logging=False,
+        )
+    elif not ray.is_initialized():
+        ray.init(address=address, namespace=namespace, log_to_driver=log_to_driver)
+    return Cluster(config, namespace, owns_ray=address is None)
+
+
+def _roles(config: Config) -> list[tuple[str, str]]:
+    """(node id, role) of every node."""
+    cluster = config.cluster
+    if cluster.unified:
+        return [(f"unified-{number}", "unified") for number in range(cluster.unified)]
+    return [
+        *((f"prefill-{number}", "prefill") for number in range(cluster.prefill)),
+        *((f"decode-{number}", "decode") for number in range(cluster.decode)),
+    ]
+
+
+def _place_nodes(cluster: Cluster) -> None:
+    import ray  # noqa: PLC0415
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: PLC0415
+
+    from .actors import NodeActor  # noqa: PLC0415
+
+    section = cluster.config.cluster
+    bundle = {"CPU": section.cpus_per_node, "GPU": section.gpus_per_node}
+    bundle = {name: amount for name, amount in bundle.items() if amount}
+    for node_id, role in _roles(cluster.config):
+        options: dict[str, Any] = {"num_cpus": section.cpus_per_node}
+        if bundle:
+            group = ray.util.placement_group([bundle], strategy="STRICT_PACK")
+            cluster.groups.append(group)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group)
+        if section.gpus_per_node:
+            options["num_gpus"] = section.gpus_per_node
+        actor = ray.remote(NodeActor).options(
+            name=node_id,
+            namespace=cluster.namespace,
+            max_restarts=-1,
+            max_concurrency=8,
+            **options,
+        )
+        cluster.nodes[node_id] = actor.remote(role, cluster.config, node_id)
+    _wait_for_nodes(cluster)
+
+
+def _wait_for_nodes(cluster: Cluster) -> None:
+    import ray  # noqa: PLC0415
+
+    pending = {actor.info.remote(): node_id for node_id, actor in cluster.nodes.items()}
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while pending:
+        ready, _ = ray.wait(list(pending), timeout=max(0.0, deadline_s - time.monotonic()))
+        if not ready:
+            names = ", ".join(pending.values())
+            raise PeerError(
+                f"{names} did not start in {START_TIMEOUT_S:.0f} s; does the Ray cluster have "
+                f"{cluster.config.cluster.cpus_per_node} CPUs and "
+                f"{cluster.config.cluster.gpus_per_node} GPUs for each node?"
+            )
+        node_id = pending.pop(ready[0])
+        try:
+            ray.get(ready[0])
+        except ray.exceptions.RayError as error:
+            raise PeerError(f"{node_id} could not start: {_first_cause(error)}") from error
+
+
+def _place_front(cluster: Cluster) -> None:
+    import ray  # noqa: PLC0415
+
+    from .actors import FrontActor  # noqa: PLC0415
+
+    front_id = "front-0"
+    actor = ray.remote(FrontActor).options(
+        name=front_id, namespace=cluster.namespace, num_cpus=0, max_concurrency=64
+    )
+    cluster.front = actor.remote(cluster.config, front_id, list(cluster.nodes), cluster.namespace)
+    try:
+        cluster.url = ray.get(cluster.front.start.remote(), timeout=START_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        raise PeerError(f"the front could not start: {_first_cause(error)}") from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """The last line of what Ray wraps around a remote error: the error itself."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _try_get(reference: Any, timeout_s: float) -> None:
+    """Waits for a call to an actor that may be dead already."""
+    import ray  # noqa: PLC0415
+
+    try:
+        ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.RayError:
+        return

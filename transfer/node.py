@@ -1,0 +1,156 @@
+"""A node's process: its control loop and step loop, started, read and stopped in one order.
+
+Built by prefill_node/node.py, decode_node/node.py and deploy/unified.py, each with its engines and
+handlers; wrapped by a Ray actor. Methods are called on the actor's threads.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ..common.errors import InvariantError, PeerError
+from ..common.step_loop import Engine, StepLoop
+from ..common.wire import Load
+from .control import ControlLoop
+from .session import CompositeHandler, Handler
+
+AUDIT_TIMEOUT_S = 10.0
+
+
+class NodeEngine(Engine, Protocol):
+    """What a node shows of an engine; counters are read from other threads."""
+
+    is_draining: bool
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    def load(self) -> Load: ...
+
+    def stats(self) -> dict[str, float]: ...
+
+    def check_invariants(self) -> None: ...
+
+
+class Audit:
+    """An event for the step loop: checks every invariant between two steps."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+
+class Auditor:
+    """The engine of the step loop that answers Audit events."""
+
+    def __init__(self, engines: Sequence[NodeEngine]) -> None:
+        self._engines = engines
+
+    def handle(self, event: object) -> bool:
+        if not isinstance(event, Audit):
+            return False
+        try:
+            for engine in self._engines:
+                engine.check_invariants()
+        except (InvariantError, AssertionError) as error:
+            event.error = error
+        event.done.set()
+        return True
+
+    def step(self) -> bool:
+        return False
+
+
+class Node:
+    """See the module.
+
+    Args:
+        engines: the node's engines, each stepped by `step_loop`.
+        closers: called last, in order: the transfer thread, the transport, pinned memory.
+        max_context: longest sequence the node takes, in tokens.
+    """
+
+    def __init__(
+        self,
+        control: ControlLoop,
+        step_loop: StepLoop,
+        handlers: Sequence[Handler],
+        engines: Sequence[NodeEngine],
+        *,
+        max_context: int,
+        closers: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self.control = control
+        self._step_loop = step_loop
+        self._handlers = handlers
+        self._engines = engines
+        self._closers = closers
+        self._max_context = max_context
+
+    def start(self) -> None:
+        self._step_loop.start()
+        self.control.start(CompositeHandler(self._handlers))
+
+    def info(self) -> dict[str, Any]:
+        """Who and where the node is, and its counters: plain values."""
+        stats: dict[str, float] = {}
+        for engine in self._engines:
+            stats |= engine.stats()
+        return {
+            "node_id": self.control.node_id,
+            "role": self.control.hello.role,
+            "epoch": self.control.epoch,
+            "address": self.control.address,
+            "max_context": self._max_context,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "stats": stats,
+        }
+
+    def audit(self) -> dict[str, Any]:
+        """Checks every pool and table between two steps; raises what it found, returns `info`."""
+        audit = Audit()
+        self._step_loop.post(audit)
+        if not audit.done.wait(AUDIT_TIMEOUT_S):
+            raise PeerError(f"{self.control.node_id}: no step ended in {AUDIT_TIMEOUT_S} s")
+        if audit.error is not None:
+            raise audit.error
+        return self.info()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes no new requests and waits for those it has; False if some are left."""
+        for engine in self._engines:
+            engine.is_draining = True
+        deadline_s = time.monotonic() + timeout_s
+        while not all(engine.is_idle for engine in self._engines):
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def stop(self) -> None:
+        """Ends both loops and closes what is open. May be called twice."""
+        self.control.stop()
+        self._step_loop.stop(timeout_s=30.0)
+        for close in self._closers:
+            close()
+        self._closers = ()
+
+
+def total_load(engines: Sequence[NodeEngine]) -> Load:
+    """The sum of what several engines of one node tell."""
+    loads = [engine.load() for engine in engines]
+    return Load(
+        num_queued=sum(load.num_queued for load in loads),
+        num_running=sum(load.num_running for load in loads),
+        num_parked=sum(load.num_parked for load in loads),
+        free_pages=loads[-1].free_pages,
+        total_pages=loads[-1].total_pages,
+        quarantined_pages=sum(load.quarantined_pages for load in loads),
+        is_draining=any(load.is_draining for load in loads),
+    )
