@@ -71,6 +71,7 @@ class DecodeEngine:
         self.num_steps = 0
         self.num_tokens = 0
         self.num_failed = 0
+        self.host_pages_peak = 0
         self.is_draining = False
 
     @property
@@ -104,6 +105,8 @@ class DecodeEngine:
             arrival_s=self._clock.now(),
         )
         self._sequences[key] = sequence
+        host = self._coordinator.host.pages
+        self.host_pages_peak = max(self.host_pages_peak, host.num_total - host.num_free)
         return sequence
 
     def find(self, key: RequestKey) -> Sequence | None:
@@ -191,6 +194,7 @@ class DecodeEngine:
         return {
             "host_pages_total": coordinator.host.pages.num_total,
             "host_pages_free": coordinator.host.pages.num_free,
+            "host_pages_peak": self.host_pages_peak,
             "host_pages_quarantined": coordinator.host.pages.num_quarantined,
             "index_pages_total": coordinator.index.pages.num_total,
             "index_pages_free": coordinator.index.pages.num_free,
