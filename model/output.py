@@ -33,8 +33,8 @@ def choose_tokens(
     batch = SamplingBatch.build(
         [(row.sampling, row.position) for row in rows], device=logits_NV.device
     )
-    masked_NV = _ban_stops(logits_NV, rows, eos_token_ids)
-    token_ids = sample(masked_NV, batch).tolist()
+    banned = [_banned(row, eos_token_ids) for row in rows]
+    token_ids = sample(logits_NV, batch, banned=banned).tolist()
     top_ns = [row.sampling.logprobs for row in rows]
     if max(top_ns) < 0:
         return [OutputToken(token_id) for token_id in token_ids]
@@ -54,17 +54,9 @@ def has_stopped(
     return is_eos or token.token_id in sampling.stop_token_ids
 
 
-def _ban_stops(logits_NV: Tensor, rows: list[OutputRow], eos_token_ids: Collection[int]) -> Tensor:
-    """Rows that have not reached min_tokens cannot choose a token that would end them."""
-    masked_NV = logits_NV
-    for number, row in enumerate(rows):
-        if row.num_output >= row.sampling.min_tokens:
-            continue
-        banned = set(row.sampling.stop_token_ids)
-        if not row.sampling.ignore_eos:
-            banned |= set(eos_token_ids)
-        banned = {token for token in banned if 0 <= token < logits_NV.shape[1]}
-        if banned:
-            masked_NV = masked_NV.clone() if masked_NV is logits_NV else masked_NV
-            masked_NV[number, sorted(banned)] = float("-inf")
-    return masked_NV
+def _banned(row: OutputRow, eos_token_ids: Collection[int]) -> Collection[int]:
+    """Tokens that would end the attempt, while it has not reached min_tokens."""
+    sampling = row.sampling
+    if row.num_output >= sampling.min_tokens:
+        return ()
+    return {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
