@@ -1,0 +1,178 @@
+"""Runs a front: uvicorn over the application, on the asyncio loop of whoever starts it.
+
+A Ray actor (or a test, through `ThreadedServer`) builds a FrontServer, awaits `start`, passes the
+membership poller's lists to `update_nodes`, and ends with `stop`. Signals are left
+to the process that owns the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from ...common.config import Config
+from ...common.errors import ConfigError, PeerError
+from .app import create_app
+from .no_tokenizer import NoTokenizer
+from .nodes import NodeInfo
+from .ports import Control, ModelLimits, Tokenizer
+from .service import FrontService
+
+START_TIMEOUT_S = 10.0
+_BACKLOG = 1024
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn without its signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class FrontServer:
+    """One front: HTTP server, service and control plane, started and stopped together."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        model: ModelLimits,
+        control: Control,
+        *,
+        front_id: str = "front-0",
+    ) -> None:
+        """`front_id` must be the control plane's node id: nodes send tokens to it."""
+        self.service = FrontService(config, tokenizer, model, control, front_id=front_id)
+        self._config = config.front
+        self._uvicorn: _Uvicorn | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        """Where clients connect; known once started."""
+        host = self._config.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    async def start(self) -> str:
+        """Binds the port, starts everything on the running loop, returns the URL.
+
+        ConfigError if the port cannot be bound.
+        """
+        listener = _bind(self._config.host, self._config.port)
+        self.port = listener.getsockname()[1]
+        settings = uvicorn.Config(
+            create_app(self.service),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+        )
+        await self.service.start()
+        self._uvicorn = _Uvicorn(settings)
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not self._uvicorn.started:
+                if self._serving.done():
+                    await self._serving
+                await asyncio.sleep(0.005)
+        return self.url
+
+    def update_nodes(self, infos: list[NodeInfo]) -> None:
+        """Takes the whole list of known nodes; on the server's loop."""
+        self.service.update_nodes(infos)
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Answers new calls 503 and waits for the running ones; returns whether all ended."""
+        return await self.service.drain(self._config.drain_s if timeout_s is None else timeout_s)
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Drains for up to `drain_s`, ends what still runs with an error, closes everything."""
+        if drain_s > 0:
+            await self.drain(drain_s)
+        await self.service.stop()
+        if self._uvicorn is not None and self._serving is not None:
+            self._uvicorn.should_exit = True
+            await self._serving
+            self._serving = None
+
+
+def build_server(config: Config, *, node_id: str, epoch: int, bind_host: str) -> FrontServer:
+    """Builds a front of `config.model.path`: tokenizer, limits and a control plane of its own.
+
+    Args:
+        node_id: of the front; nodes send tokens to it.
+        epoch: incarnation; must be larger than that of any front before it under this id.
+        bind_host: interface the control socket listens on.
+
+    Raises CheckpointError or ConfigError.
+    """
+    from ...model.runtime import check_model  # noqa: PLC0415  (torch: not for the command line)
+    from ...model.tokenizer import load_tokenizer  # noqa: PLC0415
+    from ...transfer.control import ControlLoop  # noqa: PLC0415
+
+    checkpoint = check_model(config)
+    loaded = load_tokenizer(config.model.path, checkpoint.architecture)
+    model = ModelLimits(
+        name=config.model.name or Path(config.model.path).resolve().name,
+        vocab_size=checkpoint.vocab_size,
+        max_context=config.decode.max_context or checkpoint.max_position_embeddings,
+        eos_token_ids=checkpoint.eos_token_ids,
+    )
+    control = ControlLoop(node_id, "front", epoch, bind_host=bind_host, config=config.transfer)
+    tokenizer: Tokenizer = loaded.tokenizer or NoTokenizer(loaded.reason)
+    return FrontServer(config, tokenizer, model, control, front_id=node_id)
+
+
+class ThreadedServer:
+    """A FrontServer on a thread and loop of its own, for callers that have no loop."""
+
+    def __init__(self, server: FrontServer) -> None:
+        self._server = server
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="front", daemon=True)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def start(self) -> str:
+        """Starts the server; returns its URL."""
+        self._thread.start()
+        starting = asyncio.run_coroutine_threadsafe(self._server.start(), self._loop)
+        return starting.result(2 * START_TIMEOUT_S)
+
+    def update_nodes(self, infos: list[NodeInfo]) -> None:
+        """Thread-safe `FrontServer.update_nodes`."""
+        self._loop.call_soon_threadsafe(self._server.update_nodes, infos)
+
+    def drain(self, timeout_s: float) -> bool:
+        draining = asyncio.run_coroutine_threadsafe(self._server.drain(timeout_s), self._loop)
+        return draining.result(timeout_s + START_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Stops the server and its thread; PeerError if the thread does not end."""
+        stopping = asyncio.run_coroutine_threadsafe(self._server.stop(), self._loop)
+        stopping.result(2 * START_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(START_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise PeerError("the front's thread does not end")
+        self._loop.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
