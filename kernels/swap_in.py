@@ -1,0 +1,79 @@
+"""Copies the rows of a miss plan from the host pool into the hot buffers, one layer.
+
+Called once a layer after `resolve`, with the plan of the layer's index group. The CUDA kernel
+behind it is `load_cache_to_device_buffer_kernel`. Bits are moved, never decoded.
+
+Suffixes: B batch rows, K entries of a miss list, N host rows, M device rows, X bytes of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.errors import KernelError
+from .registry import BYTES, INT32, INT64, Arguments, cpu_op
+from .row_bytes import as_words
+
+
+def load_cache_to_device_buffer(
+    host_rows_NX: Tensor,
+    device_rows_MX: Tensor,
+    miss_host_slot_BK: Tensor,
+    miss_device_row_BK: Tensor,
+    num_misses_B: Tensor,
+) -> None:
+    """device_rows[miss_device_row[b, i]] = host_rows[miss_host_slot[b, i]] for i < num_misses[b].
+
+    Args:
+        host_rows_NX: uint8 [N, row bytes], one layer of the host pool; may be pinned host memory
+            while the others are on the device.
+        device_rows_MX: uint8 [M, row bytes], one layer of the seats; written.
+        miss_host_slot_BK: int64 [B, K], compact; entries at num_misses and behind are not read.
+        miss_device_row_BK: int64 [B, K], likewise; device rows are distinct.
+        num_misses_B: int32 [B].
+
+    Raises KernelError on mismatching tensors, counts beyond K or rows out of range.
+    """
+    arguments = Arguments("load_cache_to_device_buffer")
+    arguments.check("host_rows_NX", host_rows_NX, BYTES, None, "X", is_anywhere=True)
+    arguments.check("device_rows_MX", device_rows_MX, BYTES, None, "X")
+    arguments.check("miss_host_slot_BK", miss_host_slot_BK, INT64, "B", "K")
+    arguments.check("miss_device_row_BK", miss_device_row_BK, INT64, "B", "K")
+    arguments.check("num_misses_B", num_misses_B, INT32, "B")
+    _op(host_rows_NX, device_rows_MX, miss_host_slot_BK, miss_device_row_BK, num_misses_B)
+
+
+def _load_cache_to_device_buffer(
+    host_rows_NX: Tensor,
+    device_rows_MX: Tensor,
+    miss_host_slot_BK: Tensor,
+    miss_device_row_BK: Tensor,
+    num_misses_B: Tensor,
+) -> None:
+    counts = num_misses_B.tolist()
+    if not any(counts):
+        return
+    if max(counts) > miss_host_slot_BK.shape[1] or min(counts) < 0:
+        raise KernelError(
+            f"load_cache_to_device_buffer: {counts} misses, "
+            f"expected 0 to {miss_host_slot_BK.shape[1]}"
+        )
+    host_slots = torch.cat([miss_host_slot_BK[row, :n] for row, n in enumerate(counts)])
+    device_rows = torch.cat([miss_device_row_BK[row, :n] for row, n in enumerate(counts)])
+    _check("host slots", host_slots, host_rows_NX.shape[0])
+    _check("device rows", device_rows, device_rows_MX.shape[0])
+    source, target = as_words(host_rows_NX, device_rows_MX)
+    target.index_copy_(0, device_rows, source.index_select(0, host_slots))
+
+
+_op = cpu_op(mutates=("device_rows_MX",))(_load_cache_to_device_buffer)
+
+
+def _check(name: str, rows: Tensor, limit: int) -> None:
+    lowest, highest = (int(bound) for bound in torch.aminmax(rows))
+    if lowest < 0 or highest >= limit:
+        raise KernelError(
+            f"load_cache_to_device_buffer: {name} from {lowest} to {highest}, "
+            f"expected 0 to {limit - 1}"
+        )
