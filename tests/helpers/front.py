@@ -21,6 +21,7 @@ from tidepool.common.config import Config, parse
 from tidepool.common.errors import RequestError
 from tidepool.deploy.front.nodes import NodeInfo
 from tidepool.deploy.front.ports import ModelLimits
+from tidepool.deploy.front.server import FrontServer, ThreadedServer
 
 EOS = 256
 VOCAB = 260
@@ -213,3 +214,43 @@ class FakeControl:
 def bring_up(control: FakeControl, infos: list[NodeInfo]) -> None:
     for info in infos:
         control.up(info.node_id, info.epoch)
+
+
+class RunningFront:
+    """A whole front over the fake cluster, on a real port; a context manager."""
+
+    def __init__(self, script: Script = output, infos: list[NodeInfo] = PAIR, **sections: Any):
+        self.control = FakeControl(script)
+        server = FrontServer(make_config(**sections), ByteTokenizer(), MODEL, self.control)
+        self.service = server.service
+        self._threaded = ThreadedServer(server)
+        self._infos = infos
+
+    def __enter__(self) -> RunningFront:
+        self.url = self._threaded.start()
+        self.control.start_thread()
+        self.update_nodes(self._infos)
+        bring_up(self.control, self._infos)
+        self.wait_for(lambda: not self.service.missing_roles or not self._infos)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threaded.stop()
+
+    def update_nodes(self, infos: list[NodeInfo]) -> None:
+        self._threaded.update_nodes(infos)
+
+    def drain(self, timeout_s: float) -> bool:
+        return self._threaded.drain(timeout_s)
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline_s, "the condition never came true"
+            time.sleep(0.005)
+
+    def assert_idle(self) -> None:
+        """Nothing of any call is left."""
+        self.wait_for(lambda: self.service.slots.num_used == 0)
+        self.wait_for(lambda: self.service.num_live == 0)
+        assert all(node.in_flight == 0 for node in self.service.nodes)
