@@ -14,11 +14,11 @@ from collections.abc import Callable
 from ..common.clock import Clock
 from ..common.errors import RequestError, TidepoolError
 from ..common.wire import (
+    AnyMessage,
     Cancel,
     Finish,
     FinishReason,
     Load,
-    Message,
     OutputToken,
     Resume,
     Sampling,
@@ -37,7 +37,7 @@ MAX_FINISHED_RECORDS = 1024
 
 log = logging.getLogger(__name__)
 
-Send = Callable[[str, Message], None]
+Send = Callable[[str, AnyMessage], None]
 """send(node_id, message): to the live incarnation of that node, or dropped."""
 
 

@@ -48,7 +48,7 @@ def bind_address(config: Config) -> str:
     """The interface this machine's sockets listen on."""
     if config.cluster.bind_host != "auto":
         return config.cluster.bind_host
-    return str(ray.util.get_node_ip_address())
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 class NodeActor:
@@ -114,7 +114,7 @@ class FrontActor:
     async def _ask(self, name: str) -> NodeInfo | None:
         try:
             actor = ray.get_actor(name, namespace=self._namespace)
-            answer = await asyncio.wait_for(actor.info.remote(), POLL_TIMEOUT_S)
+            answer: dict[str, Any] = await asyncio.wait_for(actor.info.remote(), POLL_TIMEOUT_S)
             return NodeInfo(**answer)
         except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
             log.debug("%s does not answer: %s", name, error)

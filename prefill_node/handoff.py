@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..common.wire import Message, OutputToken
+from ..common.wire import AnyMessage, OutputToken
 from .job import Job, RequestKey
 
 
@@ -60,4 +60,4 @@ class HandoffReleased:
 class Send(Protocol):
     """Delivers a message to the live incarnation of a node, or drops it; any thread."""
 
-    def __call__(self, node_id: str, message: Message) -> None: ...
+    def __call__(self, node_id: str, message: AnyMessage) -> None: ...

@@ -49,10 +49,10 @@ def test_parked_sequences_resume_token_exact(path: Path) -> None:
     node = UnifiedHarness(path, **{**HOT, "decode.seats": 1, "decode.park_after_tokens": 3})
     expected = alone(path, requests, max_tokens=30)
     for number, request in enumerate(requests):
-        node.submit(f"r{number}", request, max_tokens=30)
+        node.ask(f"r{number}", request, max_tokens=30)
         for _ in range(4):
             node.step()
-    node.submit("short", requests[0], max_tokens=2)
+    node.ask("short", requests[0], max_tokens=2)
     node.run()
     assert [node.output(f"r{number}") for number in range(4)] == expected
     assert node.decode.stats()["parks"] > 0
@@ -61,13 +61,13 @@ def test_parked_sequences_resume_token_exact(path: Path) -> None:
 
 def test_a_short_request_takes_a_seat_from_a_long_one(path: Path) -> None:
     node = UnifiedHarness(path, **{**HOT, "decode.seats": 1, "decode.park_after_tokens": 2})
-    node.submit("long", prompt(0, 40), max_tokens=200)
+    node.ask("long", prompt(0, 40), max_tokens=200)
     for _ in range(10):
         node.step()
-    node.submit("short", prompt(1, 40), max_tokens=5)
-    while ("short", 0) not in node.finishes:
+    node.ask("short", prompt(1, 40), max_tokens=5)
+    while "short" not in node.finishes:
         assert node.step()
-    assert ("long", 0) not in node.finishes
+    assert "long" not in node.finishes
     node.run()
     assert len(node.output("long")) == 200
 
@@ -81,9 +81,9 @@ def test_a_full_pool_defers_and_loses_nobody(path: Path) -> None:
 
 def test_what_can_never_fit_is_refused_with_the_limit(path: Path) -> None:
     node = UnifiedHarness(path, **{**HOT, "decode.host_tokens": 64})
-    node.submit("big", prompt(0, 60), max_tokens=10)
+    node.ask("big", prompt(0, 60), max_tokens=10)
     node.run()
-    finish = node.finish("big")
+    finish = node.finishes["big"]
     assert (finish.reason, finish.status) == ("error", 400)
     assert finish.code == "context_length_exceeded"
     assert "64 tokens" in finish.detail
@@ -92,17 +92,17 @@ def test_what_can_never_fit_is_refused_with_the_limit(path: Path) -> None:
 
 def test_token_ids_out_of_the_vocabulary_are_refused(path: Path) -> None:
     node = UnifiedHarness(path, **HOT)
-    node.submit("bad", [1, 2, 256], max_tokens=4)
-    node.submit("negative", [1, -2], max_tokens=4)
+    node.ask("bad", [1, 2, 256], max_tokens=4)
+    node.ask("negative", [1, -2], max_tokens=4)
     node.run()
-    assert node.finish("bad").status == 400
-    assert node.finish("negative").status == 400
+    assert node.finishes["bad"].status == 400
+    assert node.finishes["negative"].status == 400
 
 
 def test_a_full_queue_answers_429(path: Path) -> None:
     node = UnifiedHarness(path, **{**HOT, "prefill.max_queued": 1, "prefill.max_active": 1})
     for number in range(4):
-        node.submit(f"r{number}", prompt(number, 30), max_tokens=2)
+        node.ask(f"r{number}", prompt(number, 30), max_tokens=2)
     node.run()
     statuses = sorted(finish.status for finish in node.finishes.values())
     assert statuses == [200, 429, 429, 429]
@@ -113,8 +113,8 @@ def test_cancelling_at_any_step_frees_everything_and_hurts_nobody(path: Path) ->
     expected = alone(path, prompts(40), max_tokens=20)[0]
     for steps in range(16):
         node = UnifiedHarness(path, **{**HOT, "prefill.chunk_tokens": 16})
-        node.submit("kept", prompt(0, 40), max_tokens=20)
-        node.submit("cancelled", prompt(1, 50), max_tokens=20)
+        node.ask("kept", prompt(0, 40), max_tokens=20)
+        node.ask("cancelled", prompt(1, 50), max_tokens=20)
         for _ in range(steps):
             node.step()
         node.cancel("cancelled")
@@ -128,11 +128,11 @@ def test_eos_ends_a_request_unless_it_is_ignored(path: Path) -> None:
     node = UnifiedHarness(path, **HOT)
     stop = tokens[7]
     first = tokens.index(stop)
-    node.submit("stops", prompt(0, 40), max_tokens=20, stop_token_ids=(stop,))
-    node.submit("later", prompt(0, 40), max_tokens=20, stop_token_ids=(stop,), min_tokens=12)
+    node.ask("stops", prompt(0, 40), max_tokens=20, stop_token_ids=(stop,))
+    node.ask("later", prompt(0, 40), max_tokens=20, stop_token_ids=(stop,), min_tokens=12)
     node.run()
     assert node.output("stops") == tokens[: first + 1]
-    assert node.finish("stops").reason == "stop"
+    assert node.finishes["stops"].reason == "stop"
     assert len(node.output("later")) > 12
     assert stop not in node.output("later")[:12]
 
@@ -146,9 +146,9 @@ def test_one_output_token_needs_no_decode_step(path: Path) -> None:
 
 def test_logprobs_are_of_the_chosen_and_the_best_tokens(path: Path) -> None:
     node = UnifiedHarness(path, **HOT)
-    node.submit("r", prompt(0, 40), max_tokens=5, logprobs=3)
+    node.ask("r", prompt(0, 40), max_tokens=5, logprobs=3)
     node.run()
-    for token in node.tokens[("r", 0)]:
+    for token in node.tokens["r"]:
         assert token.logprob is not None
         assert len(token.logprob.top_ids) == 3
         assert token.logprob.top_ids[0] == token.token_id  # greedy
@@ -171,7 +171,7 @@ def test_a_random_load_ends_every_request_once_with_its_own_tokens(path: Path) -
     )
     requests = [(prompt(n, rng.randint(1, 90)), rng.randint(1, 25)) for n in range(24)]
     for number, (request, max_tokens) in enumerate(requests):
-        node.submit(f"r{number}", request, max_tokens=max_tokens)
+        node.ask(f"r{number}", request, max_tokens=max_tokens)
         for _ in range(rng.randint(0, 3)):
             node.step()
     node.run()
@@ -186,7 +186,7 @@ def test_a_random_load_ends_every_request_once_with_its_own_tokens(path: Path) -
 def test_single_node_staging_allocates_paged_host_slots(path: Path, page_size: int) -> None:
     node = UnifiedHarness(path, **{**HOT, "kv.page_size": page_size})
     num_tokens, max_tokens = 50, 10
-    node.submit("r", prompt(0, num_tokens), max_tokens=max_tokens)
+    node.ask("r", prompt(0, num_tokens), max_tokens=max_tokens)
     coordinator = node.decode.coordinator
     copied: list[torch.Tensor] = []
     stage = coordinator.admit_request_into_staging
