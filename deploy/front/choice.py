@@ -48,8 +48,9 @@ class Choice:
         return self.finish_reason is None
 
     def advance(self) -> ChoiceDelta | None:
-        """Returns what has come since the last time, None if nothing; raises the request's error.
+        """Returns what has come since the last time, None if nothing.
 
+        Raises the request's error behind the last of its tokens.
         A delta with a finish reason while the request still runs means that a stop string was
         found: the caller stops the request.
         """
@@ -57,9 +58,10 @@ class Choice:
         request = self.request
         if self.text.is_stopped:
             self.finish_reason = "stop"
-        elif request.is_ended:
-            if request.error is not None:
+        elif request.error is not None:
+            if not fresh:
                 raise request.error
+        elif request.is_ended:
             text += self.text.finish()
             self.finish_reason = "stop" if self.text.is_stopped else request.finish_reason
         elif not fresh:

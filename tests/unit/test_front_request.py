@@ -5,12 +5,6 @@ from __future__ import annotations
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-
-from tidepool.common import wire
-from tidepool.common.errors import InvariantError, RequestError
-from tidepool.deploy.front.attempt import Bounds
-from tidepool.deploy.front.request import FrontRequest, RequestState
-from tidepool.deploy.front.router import Route
 from helpers.front import (
     EOS,
     MODEL,
@@ -21,6 +15,12 @@ from helpers.front import (
     make_config,
     tokens_of,
 )
+
+from tidepool.common import wire
+from tidepool.common.errors import InvariantError, RequestError
+from tidepool.deploy.front.attempt import Bounds
+from tidepool.deploy.front.request import FrontRequest, RequestState
+from tidepool.deploy.front.router import Route
 
 ROUTE = Route(*PAIR)
 OTHER = Route(TWO_PAIRS[2], TWO_PAIRS[3])
@@ -283,7 +283,5 @@ def test_however_messages_come_the_tokens_are_a_prefix_of_the_truth(messages, lo
             (send,) = request.submit(ROUTE, 0.0)
             submit = send.message
         done = len(submit.prompt_token_ids) - len(PROMPT)
-        request.on_tokens(
-            tokens_of(submit, first, truth[done:][first : first + count]), 0.0
-        )
+        request.on_tokens(tokens_of(submit, first, truth[done:][first : first + count]), 0.0)
         assert ids(request) == truth[: len(request.tokens)]

@@ -1,0 +1,327 @@
+"""The directory of nodes, the router, and the dispatcher between requests and nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from helpers.front import (
+    MODEL,
+    PAIR,
+    TWO_PAIRS,
+    FakeControl,
+    FakePeer,
+    Step,
+    bring_up,
+    finish_of,
+    letters,
+    make_config,
+    node,
+    output,
+    tokens_of,
+)
+
+from tidepool.common import wire
+from tidepool.common.clock import FakeClock
+from tidepool.common.errors import RequestError
+from tidepool.deploy.front.attempt import Bounds
+from tidepool.deploy.front.dispatch import Dispatcher
+from tidepool.deploy.front.metrics import FrontMetrics
+from tidepool.deploy.front.nodes import NodeDirectory
+from tidepool.deploy.front.request import FrontRequest
+from tidepool.deploy.front.router import missing_roles, pick
+
+
+@pytest.fixture
+def control() -> FakeControl:
+    return FakeControl()
+
+
+@pytest.fixture
+def lost() -> list[tuple[str, int]]:
+    return []
+
+
+@pytest.fixture
+def directory(control: FakeControl, lost: list[tuple[str, int]]) -> NodeDirectory:
+    directory = NodeDirectory(control, lambda node_id, epoch, reason: lost.append((node_id, epoch)))
+    control.handler = None
+    return directory
+
+
+def all_up(directory: NodeDirectory, infos) -> None:
+    directory.update(infos)
+    for info in infos:
+        directory.peer_up(info.node_id, info.epoch)
+
+
+def test_new_nodes_are_connected_and_used_once_they_answer(directory, control):
+    directory.update(PAIR)
+    assert control.connected == {info.node_id: info.address for info in PAIR}
+    assert pick(directory, 1, 2, ()) is None
+    assert missing_roles(directory) == ["prefill", "decode"]
+    all_up(directory, PAIR)
+    route = pick(directory, 1, 2, ())
+    assert route is not None and not route.is_unified
+    assert missing_roles(directory) == []
+
+
+def test_the_least_loaded_node_is_chosen_and_equals_take_turns(directory):
+    all_up(directory, TWO_PAIRS)
+    chosen = []
+    for _ in range(4):
+        route = pick(directory, 1, 2, ())
+        directory.acquire(route.decode.node_id)
+        chosen.append(route.decode.node_id)
+    assert sorted(chosen) == ["decode-0", "decode-0", "decode-1", "decode-1"]
+    directory.ping("decode-0", 1, wire.Load(num_running=9))
+    assert pick(directory, 1, 2, ()).decode.node_id == "decode-1"
+
+
+def test_draining_unlisted_silent_and_small_nodes_are_not_chosen(directory):
+    all_up(directory, TWO_PAIRS)
+    directory.ping("decode-0", 1, wire.Load(is_draining=True))
+    assert pick(directory, 1, 2, ()).decode.node_id == "decode-1"
+    assert pick(directory, 1, 513, ()) is None
+    directory.peer_down("decode-1", 1, "silent")
+    assert pick(directory, 1, 2, ()) is None
+    assert missing_roles(directory) == ["decode"]
+
+
+def test_a_node_that_failed_the_request_is_the_last_choice(directory):
+    all_up(directory, TWO_PAIRS)
+    assert pick(directory, 1, 2, {"decode-0"}).decode.node_id == "decode-1"
+    assert pick(directory, 1, 2, {"decode-0", "decode-1"}) is not None
+
+
+def test_a_unified_node_serves_alone(directory):
+    all_up(directory, [node("u", "unified")])
+    route = pick(directory, 1, 2, ())
+    assert route.is_unified and missing_roles(directory) == []
+
+
+def test_a_newer_epoch_loses_the_old_one_and_fences_it(directory, control, lost):
+    all_up(directory, TWO_PAIRS)
+    restarted = dataclasses.replace(TWO_PAIRS[2], epoch=2, address="tcp://fake/new")
+    directory.update([*PAIR, restarted, TWO_PAIRS[3]])
+    assert lost == [("prefill-1", 1)]
+    assert control.connected["prefill-1"] == "tcp://fake/new"
+    assert control.fenced == [("prefill-1", 1)]
+    assert sorted(target for target, _ in control.messages(wire.Fence)) == ["decode-0", "decode-1"]
+    directory.peer_up("decode-0", 1)
+    assert len(control.messages(wire.Fence)) == 3
+    assert not directory.get("prefill-1").is_up
+    directory.peer_up("prefill-1", 1)
+    assert not directory.get("prefill-1").is_up
+    directory.peer_up("prefill-1", 2)
+    assert directory.get("prefill-1").is_up
+
+
+def test_a_session_of_a_newer_epoch_counts_before_the_poller_knows(directory, control, lost):
+    all_up(directory, PAIR)
+    directory.peer_up("decode-0", 3)
+    assert lost == [("decode-0", 1)]
+    assert control.fenced == [("decode-0", 1)]
+    directory.update(PAIR)
+    assert directory.get("decode-0").info.epoch == 3
+    assert directory.get("decode-0").is_up
+
+
+def test_an_unlisted_node_keeps_its_session_while_it_is_used(directory, control, lost):
+    all_up(directory, PAIR)
+    directory.acquire("decode-0")
+    directory.update(PAIR[:1])
+    assert pick(directory, 1, 2, ()) is None
+    assert "decode-0" in control.connected
+    directory.release("decode-0")
+    assert "decode-0" not in control.connected
+    assert directory.get("decode-0") is None
+    assert lost == []
+    all_up(directory, PAIR)
+    assert pick(directory, 1, 2, ()) is not None
+
+
+def test_a_session_that_ends_late_changes_nothing(directory, lost):
+    all_up(directory, PAIR)
+    directory.peer_up("decode-0", 2)
+    lost.clear()
+    directory.peer_down("decode-0", 1, "late")
+    assert lost == []
+    assert directory.get("decode-0").is_up
+
+
+class Bench:
+    """A dispatcher over a fake control plane, without threads."""
+
+    def __init__(self, script=output) -> None:
+        self.clock = FakeClock()
+        self.control = FakeControl(script)
+        self.metrics = FrontMetrics()
+        self.dispatcher = Dispatcher(self.control, self.clock, self.metrics)
+        self.control.handler = self.dispatcher
+        self.dispatcher.update_nodes(TWO_PAIRS)
+        bring_up(self.control, TWO_PAIRS)
+
+    def submit(self, request_id: str = "r", max_tokens: int = 6) -> FrontRequest:
+        request = FrontRequest(
+            request_id,
+            (1, 2, 3),
+            wire.Sampling(max_tokens=max_tokens, seed=2),
+            front_id="front-0",
+            model=MODEL,
+            bounds=Bounds.of(make_config()),
+            now_s=self.clock.now(),
+            notify=lambda: None,
+        )
+        self.dispatcher.submit(request)
+        return request
+
+    def run_out(self) -> None:
+        """Ticks until nothing happens any more."""
+        for _ in range(80):
+            self.control.play()
+            self.clock.advance(0.1)
+            self.dispatcher.tick()
+
+    def assert_idle(self) -> None:
+        assert all(n.in_flight == 0 for n in self.dispatcher.nodes)
+
+
+def ids(request: FrontRequest) -> list[int]:
+    return [token.token_id for token in request.tokens]
+
+
+TRUTH = letters(2, 3, 6)
+
+
+def test_a_request_runs_to_its_end():
+    bench = Bench()
+    request = bench.submit()
+    bench.control.play()
+    assert (ids(request), request.finish_reason) == (TRUTH, "length")
+    bench.dispatcher.release(request, RequestError("x"))
+    assert bench.dispatcher.num_live == 0
+    assert bench.control.messages(wire.Cancel) == []
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("num_steps", range(7))
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+def test_whichever_node_dies_whenever_the_tokens_are_the_same(victim, num_steps):
+    bench = Bench()
+    request = bench.submit()
+    bench.control.play(num_steps)
+    (_, submit) = bench.control.messages(wire.Submit)[0]
+    dead = submit.decode_id if victim == "decode" else submit.decode_id.replace("decode", "prefill")
+    bench.control.down(dead)
+    bench.run_out()
+    assert (ids(request), request.finish_reason) == (TRUTH, "length")
+    again = bench.control.messages(wire.Submit)[1:]
+    assert all(dead not in (node_id, message.decode_id) for node_id, message in again)
+    bench.assert_idle()
+
+
+def test_a_retry_waits_for_a_node_and_takes_the_first_that_comes():
+    bench = Bench()
+    request = bench.submit()
+    bench.control.play(2)
+    for name in ("decode-0", "decode-1"):
+        bench.control.down(name)
+    bench.dispatcher.tick()
+    assert bench.dispatcher.num_waiting == 1
+    bench.clock.advance(0.3)
+    bench.control.up("decode-1")
+    bench.run_out()
+    assert ids(request) == TRUTH
+
+
+def test_no_node_in_time_is_a_503():
+    bench = Bench()
+    for name in ("decode-0", "decode-1"):
+        bench.control.down(name)
+    request = bench.submit()
+    bench.run_out()
+    assert request.error is not None and request.error.status == 503
+
+
+def test_a_restarted_decode_gets_its_requests_again():
+    bench = Bench()
+    request = bench.submit()
+    bench.control.play(3)
+    (_, submit) = bench.control.messages(wire.Submit)[0]
+    infos = [
+        dataclasses.replace(info, epoch=2) if info.node_id == submit.decode_id else info
+        for info in TWO_PAIRS
+    ]
+    bench.control.live.pop(submit.decode_id)
+    bench.dispatcher.update_nodes(infos)
+    bench.run_out()
+    assert ids(request) == TRUTH
+
+
+def test_tokens_nobody_waits_for_are_answered_with_cancel():
+    bench = Bench()
+    stray = wire.Tokens("unknown", 4, 0, (wire.OutputToken(1),))
+    bench.dispatcher.on_message(FakePeer("decode-0", 1), stray)
+    assert bench.control.messages(wire.Cancel) == [
+        ("decode-0", wire.Cancel("unknown", 4, "the front no longer waits for it"))
+    ]
+    bench.dispatcher.on_message(FakePeer("decode-0", 1), finish_of(stray_submit(), 3))
+    assert len(bench.control.messages(wire.Cancel)) == 1
+
+
+def stray_submit() -> wire.Submit:
+    return wire.Submit("unknown", 4, (1,), wire.Sampling(1), "front-0")
+
+
+def test_messages_of_another_incarnation_are_not_believed():
+    bench = Bench(lambda submit, decode_id: [])
+    request = bench.submit()
+    (_, submit) = bench.control.messages(wire.Submit)[0]
+    bench.dispatcher.on_message(FakePeer(submit.decode_id, 9), tokens_of(submit, 0, [1]))
+    assert request.tokens == []
+
+
+def test_releasing_a_running_request_cancels_it_on_both_nodes():
+    bench = Bench()
+    request = bench.submit()
+    bench.control.play(2)
+    bench.dispatcher.release(request, RequestError("gone", status=499))
+    bench.dispatcher.release(request, RequestError("gone", status=499))
+    assert sorted(n for n, _ in bench.control.messages(wire.Cancel)) == ["decode-0", "prefill-0"]
+    bench.assert_idle()
+
+
+def test_a_full_node_is_left_for_another_one():
+    def script(submit, decode_id):
+        if decode_id == "decode-0":
+            full = finish_of(submit, 0, "error", status=429, code="full", can_retry=True)
+            return [Step(decode_id, full)]
+        return output(submit, decode_id)
+
+    bench = Bench(script)
+    request = bench.submit()
+    bench.run_out()
+    assert ids(request) == TRUTH
+    losses = bench.metrics.losses.labels("node_error")
+    assert losses._value.get() <= 1
+
+
+def test_a_fault_in_one_request_leaves_the_others_alone(caplog):
+    bench = Bench()
+    broken, fine = bench.submit("broken"), bench.submit("fine")
+    broken.on_tokens = None  # type: ignore[assignment,method-assign]
+    bench.control.play()
+    assert broken.error is not None and broken.error.status == 500
+    assert ids(fine) == TRUTH
+    assert "failed at the front" in caplog.text
+
+
+def test_the_metrics_name_every_node():
+    bench = Bench()
+    bench.metrics.watch_nodes(lambda: bench.dispatcher.nodes)
+    bench.dispatcher.nodes.ping("decode-0", 1, wire.Load(free_pages=3, total_pages=10))
+    text = bench.metrics.render().decode()
+    assert 'tidepool_node_pages_used{node="decode-0",role="decode"} 7.0' in text
+    assert 'tidepool_node_hot_hits_total{node="decode-0",role="decode"} 3.0' in text
+    assert 'tidepool_node_up{node="prefill-1",role="prefill"} 1.0' in text
