@@ -144,7 +144,7 @@ def _resolve(
 ) -> None:
     seats = seats_B.tolist()
     real = [seat for seat in seats if seat >= 0]
-    if len(set(real)) != len(real) or max(real, default=0) >= position_of_slot_SH.shape[0]:
+    if len(set(real)) != len(real) or max(real, default=-1) >= position_of_slot_SH.shape[0]:
         raise KernelError(
             f"resolve: seats {seats}, expected distinct ones below {position_of_slot_SH.shape[0]}"
         )
