@@ -1,0 +1,1 @@
+"""The sparse-attention transformer: configuration, weights, layers, sampling, text."""

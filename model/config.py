@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..common.config import KvSection
-from ..common.errors import CheckpointError, ConfigError
+from ..common.errors import CheckpointError
 from ..common.layouts import IndexLayout, KvGeometry, RowLayout
 from .config_reader import ConfigReader, read_json
 from .rope import RopeConfig, softmax_scale
@@ -122,15 +122,6 @@ def geometry(config: ModelConfig, kv: KvSection) -> KvGeometry:
         num_layers=config.num_layers,
         num_index_layers=len(config.index_layers),
     )
-
-
-def check_hot_rows(config: ModelConfig, hot_rows: int) -> None:
-    """Raises ConfigError unless a hot buffer of `hot_rows` rows (0: no limit) holds one top-k."""
-    if 0 < hot_rows < config.index_topk:
-        raise ConfigError(
-            f"decode.hot_rows: must be 0 or at least the model's index_topk ({config.index_topk}), "
-            f"not {hot_rows}"
-        )
 
 
 def _architecture(tree: dict[str, Any]) -> Architecture:

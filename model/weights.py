@@ -127,8 +127,11 @@ class Weights:
         self.device = device
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Reads one tensor; an FP8 weight is multiplied by its block scales in float32 first."""
-        tensor = self._checkpoint.read(name).to(self.device)
+        """Reads one tensor; an FP8 weight is multiplied by its block scales in float32 first.
+
+        Always a copy: what safetensors hands out is the mapped file, which may change under us.
+        """
+        tensor = self._checkpoint.read(name).to(self.device, copy=True)
         if tensor.dtype == torch.float8_e4m3fn:
             scale = self._checkpoint.read(name + _SCALE_SUFFIX).to(self.device)
             tensor = dequantize(tensor, scale, self._block)

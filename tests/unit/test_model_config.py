@@ -9,7 +9,7 @@ from helpers.tiny_models import tiny_config
 
 from tidepool.common.config import KvSection
 from tidepool.common.errors import CheckpointError, ConfigError
-from tidepool.model.config import ModelConfig, check_hot_rows, geometry
+from tidepool.model.config import ModelConfig, geometry
 
 V32 = {
     "architectures": ["DeepseekV32ForCausalLM"], "attention_bias": False, "bos_token_id": 0,
@@ -191,11 +191,3 @@ def test_geometry_has_the_published_row_sizes():
     assert geometry(parse(V32), KvSection()).token_bytes == 78_324
     with pytest.raises(ConfigError, match="multiple of 128"):
         geometry(parse(V32, kv_lora_rank=96), KvSection(layout="mla_fp8"))
-
-
-def test_a_hot_buffer_smaller_than_the_top_k_is_refused():
-    config = parse(V32)
-    check_hot_rows(config, 0)
-    check_hot_rows(config, 2048)
-    with pytest.raises(ConfigError, match=r"2048\), not 2047"):
-        check_hot_rows(config, 2047)

@@ -39,7 +39,6 @@ def test_gates_of_bfloat16_activations_are_computed_in_float32():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("default")
 def test_compiled_gates_equal_eager_ones_for_every_number_of_tokens():
     compiled = logits_head_gate(compiled=True)
     for num_tokens in (1, 2, 5):

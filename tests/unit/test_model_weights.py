@@ -244,3 +244,12 @@ def test_weights_equal_the_saved_model(folder):
     assert model.layers[1].mlp.router.bias_E.dtype == torch.float32
     assert model.layers[1].attention.indexer is None
     assert model.layers[2].attention.indexer.number == 1
+
+
+def test_a_loaded_model_does_not_see_later_changes_of_the_file(folder):
+    model = load(folder)
+    before = run(model, IDS, DenseContext(model.config))
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(100_000)
+        file.write(b"\x3f" * 1_000_000)
+    assert torch.equal(run(model, IDS, DenseContext(model.config)), before)
