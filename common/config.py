@@ -280,6 +280,8 @@ def resolve(path: Path | None, overrides: Mapping[str, Any]) -> Resolved:
     }
     for dotted, value in overrides.items():
         section, _, name = dotted.partition(".")
+        if not isinstance(tree.get(section, {}), dict):
+            raise ConfigError(f"{section}: must be a table in {path}, not {tree[section]!r}")
         tree.setdefault(section, {})[name] = value
         origins[dotted] = "command line"
     return Resolved(parse(tree), origins)
@@ -291,10 +293,14 @@ def parse(tree: Mapping[str, Any]) -> Config:
         return TypeAdapter(Config).validate_python(dict(tree))
     except ValidationError as error:
         lines = (
-            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+            f"{'.'.join(str(part) for part in fault['loc'])}: {_text_of(fault['type'], fault['msg'])}"
             for fault in error.errors()
         )
         raise ConfigError("\n".join(lines)) from error
+
+
+def _text_of(fault_type: str, message: str) -> str:
+    return "there is no such key" if fault_type == "unexpected_keyword_argument" else message
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -302,5 +308,5 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
