@@ -1,0 +1,369 @@
+"""The one thread of a node that moves bytes and hashes them.
+
+Exporter and importer hand it jobs from the I/O thread; each job ends exactly once, by a call that
+runs on the I/O thread (through `post`). Jobs of one owner (a transfer) start in order; owners take
+turns, a slice of work each, so that none waits for another's whole prompt. Never spins: while
+something is in flight it sleeps `POLL_S` between looks, else it waits for a job.
+
+A write that has not ended after `write_timeout_s` counts as FAILED_UNKNOWN; its ticket is kept and
+polled until it does end. Limits on writes in flight hold for each peer, so that a dead one delays
+nobody else; meeting a new peer, which can block, happens on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from ..common.clock import Clock, MonotonicClock
+from ..common.config import TransferSection
+from ..common.errors import TransferError
+from .checksum import Segment, checksum
+from .transport import Channel, Ticket, TicketStatus, Transport, Write
+
+_LOGGER = logging.getLogger(__name__)
+
+POLL_S = 0.0003
+_SLICE_BYTES = 4 * 1024 * 1024
+_MAX_JOBS = 65536
+
+Page = Sequence[Segment]
+"""The bytes of one page, in the order in which they are hashed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """How a write job ended. `checksums`: one a page, empty unless DONE with hashing asked for."""
+
+    status: TicketStatus
+    checksums: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteJob:
+    """Hash `pages` (none: no checksums), then execute `writes`."""
+
+    owner: Hashable
+    peer_data_address: str
+    writes: Sequence[Write]
+    pages: Sequence[Page]
+    on_end: Callable[[WriteResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyJob:
+    """Hash `pages` and compare with `expected`; ends with whether all are equal."""
+
+    owner: Hashable
+    pages: Sequence[Page]
+    expected: Sequence[int]
+    on_end: Callable[[bool], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A batch under way."""
+
+    ticket: Ticket
+    num_writes: int
+    deadline_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Writing:
+    """A write job that has begun."""
+
+    job: WriteJob
+    opened_s: float
+    checksums: list[int] = field(default_factory=list)
+    num_submitted: int = 0
+    flights: list[_Flight] = field(default_factory=list)
+    failure: TicketStatus | None = None
+    reason: str = ""
+
+    @property
+    def is_submitted(self) -> bool:
+        return self.failure is not None or self.num_submitted == len(self.job.writes)
+
+    def fail(self, status: TicketStatus, reason: str) -> None:
+        if self.failure is not TicketStatus.FAILED_UNKNOWN:
+            self.failure, self.reason = status, reason
+
+
+@dataclass(slots=True, eq=False)
+class _Verifying:
+    job: VerifyJob
+    num_hashed: int = 0
+
+
+class Mover:
+    """See the module.
+
+    Args:
+        post: runs a call on the I/O thread; ControlLoop.post.
+        on_fatal: called on the mover's thread if it dies; the node stops.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        config: TransferSection,
+        post: Callable[[Callable[[], None]], None],
+        *,
+        clock: Clock | None = None,
+        on_fatal: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._transport = transport
+        self._config = config
+        self._post = post
+        self._clock = clock or MonotonicClock()
+        self._on_fatal = on_fatal
+        self._wakeup = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._is_stopping = False
+        self._num_jobs = 0
+        self._queues: dict[Hashable, deque[_Writing | _Verifying]] = {}
+        self._flying: list[_Writing] = []
+        """Wholly submitted, not ended."""
+        self._abandoned: list[Ticket] = []
+        self._channels: dict[str, Channel | TransferError | None] = {}
+        """None while it is being opened."""
+        self._num_in_flight: dict[str, int] = {}
+        self._thread = threading.Thread(target=self._run, name="mover", daemon=True)
+        self.bytes_written = 0
+        self.num_mismatches = 0
+
+    # ---- any thread ----
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Ends the thread; jobs that have not ended never do. TransferError if it hangs."""
+        with self._wakeup:
+            self._is_stopping = True
+            self._wakeup.notify()
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise TransferError(f"the mover is still busy after {timeout_s} s")
+
+    def write(self, job: WriteJob) -> None:
+        """Queues a write job; it ends FAILED_DRAINED at once if there are too many."""
+        self._tell(lambda: self._enqueue(job.owner, _Writing(job, self._clock.now())))
+
+    def verify(self, job: VerifyJob) -> None:
+        """Queues a verification."""
+        self._tell(lambda: self._enqueue(job.owner, _Verifying(job)))
+
+    def cancel(self, owner: Hashable) -> None:
+        """Submits no more of the owner's writes; its jobs end once nothing of them is in flight."""
+        self._tell(lambda: self._cancel(owner))
+
+    def forget(self, peer_data_address: str) -> None:
+        """The peer is gone: the next job for this address opens it anew."""
+        self._tell(lambda: self._forget(peer_data_address))
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        with self._wakeup:
+            self._inbox.append(call)
+            self._wakeup.notify()
+
+    # ---- the mover's thread ----
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                for call in self._take_inbox():
+                    call()
+                self._land()
+                self._turn()
+        except Exception as error:
+            _LOGGER.critical("the mover stops", exc_info=error)
+            if self._on_fatal is not None:
+                self._on_fatal(error)
+
+    def _wait(self) -> bool:
+        """Waits for something to do; False to stop."""
+        with self._wakeup:
+            if not self._inbox and not self._is_stopping and not self._has_work():
+                is_flying = self._flying or self._queues
+                slow_s = 0.1 if self._abandoned else None
+                self._wakeup.wait(POLL_S if is_flying else slow_s)
+            return not self._is_stopping
+
+    def _has_work(self) -> bool:
+        """Whether a turn would hash or submit something."""
+        return any(self._can_go_on(queue[0]) for queue in self._queues.values())
+
+    def _can_go_on(self, task: _Writing | _Verifying) -> bool:
+        if isinstance(task, _Verifying) or task.is_submitted:
+            return True
+        if len(task.checksums) < len(task.job.pages):
+            return True
+        address = task.job.peer_data_address
+        if address in self._channels and self._channels[address] is None:
+            return False
+        return self._room(address) > 0
+
+    def _room(self, address: str) -> int:
+        return self._config.max_writes_in_flight - self._num_in_flight.get(address, 0)
+
+    def _take_inbox(self) -> list[Callable[[], None]]:
+        with self._wakeup:
+            inbox, self._inbox = self._inbox, []
+        return inbox
+
+    def _enqueue(self, owner: Hashable, task: _Writing | _Verifying) -> None:
+        if self._num_jobs >= _MAX_JOBS and isinstance(task, _Writing):
+            self._report(task, WriteResult(TicketStatus.FAILED_DRAINED, reason="too many jobs"))
+            return
+        self._num_jobs += 1
+        self._queues.setdefault(owner, deque()).append(task)
+
+    def _cancel(self, owner: Hashable) -> None:
+        for task in self._queues.get(owner, ()):
+            if isinstance(task, _Writing):
+                task.fail(TicketStatus.FAILED_DRAINED, "cancelled")
+
+    def _forget(self, address: str) -> None:
+        if self._channels.get(address) is not None:
+            del self._channels[address]
+
+    def _turn(self) -> None:
+        """One slice of work for each owner."""
+        for owner in list(self._queues):
+            queue = self._queues[owner]
+            task = queue[0]
+            if isinstance(task, _Verifying):
+                is_over = self._hash_and_compare(task)
+            else:
+                is_over = self._advance(task)
+            if is_over:
+                queue.popleft()
+                self._num_jobs -= 1
+                if not queue:
+                    del self._queues[owner]
+
+    def _hash_and_compare(self, task: _Verifying) -> bool:
+        """Hashes one slice; True once the job has ended."""
+        job = task.job
+        is_good = len(job.pages) == len(job.expected)
+        num_bytes = 0
+        while is_good and task.num_hashed < len(job.pages) and num_bytes < _SLICE_BYTES:
+            page = job.pages[task.num_hashed]
+            is_good = checksum(page) == job.expected[task.num_hashed]
+            num_bytes += sum(size for _, size in page)
+            task.num_hashed += 1
+        if is_good and task.num_hashed < len(job.pages):
+            return False
+        if not is_good:
+            self.num_mismatches += 1
+        self._post(lambda: job.on_end(is_good))
+        return True
+
+    def _advance(self, task: _Writing) -> bool:
+        """Hashes or submits one slice; True once everything is submitted, or it has failed."""
+        job = task.job
+        if not task.is_submitted and len(task.checksums) < len(job.pages):
+            num_bytes = 0
+            while len(task.checksums) < len(job.pages) and num_bytes < _SLICE_BYTES:
+                page = job.pages[len(task.checksums)]
+                task.checksums.append(checksum(page))
+                num_bytes += sum(size for _, size in page)
+            return False
+        if not task.is_submitted:
+            self._submit(task)
+        if task.is_submitted:
+            self._flying.append(task)
+            self._land_one(task)
+        return task.is_submitted
+
+    def _submit(self, task: _Writing) -> None:
+        address = task.job.peer_data_address
+        channel = self._channel(address)
+        now_s = self._clock.now()
+        if channel is None:
+            if now_s - task.opened_s > self._config.write_timeout_s:
+                task.fail(TicketStatus.FAILED_DRAINED, f"{address} cannot be opened in time")
+            return
+        if isinstance(channel, TransferError):
+            del self._channels[address]
+            task.fail(TicketStatus.FAILED_DRAINED, str(channel))
+            return
+        count = min(self._room(address), len(task.job.writes) - task.num_submitted)
+        if count > 0:
+            writes = task.job.writes[task.num_submitted : task.num_submitted + count]
+            ticket = self._transport.submit(channel, writes)
+            deadline_s = now_s + self._config.write_timeout_s
+            task.flights.append(_Flight(ticket, count, deadline_s))
+            task.num_submitted += count
+            self._num_in_flight[address] = self._num_in_flight.get(address, 0) + count
+            self.bytes_written += sum(write.num_bytes for write in writes)
+
+    def _channel(self, address: str) -> Channel | TransferError | None:
+        if address not in self._channels:
+            self._channels[address] = None
+            opener = threading.Thread(
+                target=self._open, args=(address,), name=f"mover-open-{address}", daemon=True
+            )
+            opener.start()
+        return self._channels[address]
+
+    def _open(self, address: str) -> None:
+        """Runs on its own thread."""
+        channel: Channel | TransferError
+        try:
+            channel = self._transport.open(address)
+        except TransferError as error:
+            channel = error
+        self._tell(lambda: self._channels.__setitem__(address, channel))
+
+    def _land(self) -> None:
+        """Looks at everything in flight."""
+        for queue in self._queues.values():
+            task = queue[0]
+            if isinstance(task, _Writing):
+                self._poll(task)
+        for task in list(self._flying):
+            self._land_one(task)
+        self._abandoned = [
+            ticket
+            for ticket in self._abandoned
+            if self._transport.poll(ticket) is TicketStatus.PENDING
+        ]
+
+    def _land_one(self, task: _Writing) -> None:
+        self._poll(task)
+        if task.flights:
+            return
+        self._flying.remove(task)
+        if task.failure is not None:
+            self._report(task, WriteResult(task.failure, reason=task.reason))
+        else:
+            self._report(task, WriteResult(TicketStatus.DONE, tuple(task.checksums)))
+
+    def _poll(self, task: _Writing) -> None:
+        now_s = self._clock.now()
+        address = task.job.peer_data_address
+        for flight in list(task.flights):
+            status = self._transport.poll(flight.ticket)
+            if status is TicketStatus.PENDING:
+                if now_s < flight.deadline_s:
+                    continue
+                self._abandoned.append(flight.ticket)
+                took = f"{self._config.write_timeout_s} s"
+                task.fail(TicketStatus.FAILED_UNKNOWN, f"a write to {address} took over {took}")
+            elif status is not TicketStatus.DONE:
+                task.fail(status, f"a write to {address} {status.value}")
+            task.flights.remove(flight)
+            self._num_in_flight[address] -= flight.num_writes
+            if not self._num_in_flight[address]:
+                del self._num_in_flight[address]
+
+    def _report(self, task: _Writing, result: WriteResult) -> None:
+        self._post(lambda: task.job.on_end(result))

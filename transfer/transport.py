@@ -1,0 +1,92 @@
+"""What moves bytes: the interface that loopback and Mooncake implement, and that the mover uses.
+
+Only the mover's thread calls `submit` and `poll`; `open` may block and runs on a thread of its own;
+`register` and `close` are called at start and stop. A write is one contiguous copy from local to
+remote registered memory. A batch is not atomic: when it fails, any part of it may have landed.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..common.errors import TransferError
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Copy `num_bytes` from the local address `source` to the peer's address `target`."""
+
+    source: int
+    target: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A way to one peer."""
+
+    peer_data_address: str
+
+
+class Ticket:
+    """One submitted batch; each transport has its own kind."""
+
+    __slots__ = ()
+
+
+class TicketStatus(enum.Enum):
+    PENDING = "pending"
+    DONE = "done"
+    """Every byte is applied at the target."""
+    FAILED_DRAINED = "failed, drained"
+    """Failed, and nothing of the batch can land any more, nor is its source read any more."""
+    FAILED_UNKNOWN = "failed, unknown"
+    """Failed, and parts may still land: both sides' pages must be kept out of use."""
+
+
+class Transport(Protocol):
+    @property
+    def data_address(self) -> str:
+        """Where peers reach this transport; goes into Hello."""
+        ...
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Makes memory readable for own writes and writable for peers'.
+
+        TransferError if the range is empty, or overlaps one that is registered.
+        """
+        ...
+
+    def open(self, peer_data_address: str) -> Channel:
+        """Prepares writing to a peer; may block for seconds. TransferError if it does not answer."""
+        ...
+
+    def submit(self, channel: Channel, writes: Sequence[Write]) -> Ticket:
+        """Starts a batch and returns at once; failures show in `poll`."""
+        ...
+
+    def poll(self, ticket: Ticket) -> TicketStatus:
+        """Never blocks. May be called again after the end, with the same answer."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything; peers' writes fail from now on. May be called twice."""
+        ...
+
+
+def check_new_range(registered: Sequence[tuple[int, int]], address: int, num_bytes: int) -> None:
+    """Raises TransferError unless [address, +num_bytes) is not empty and overlaps none.
+
+    `registered`: (address, num_bytes) of each range.
+    """
+    if num_bytes <= 0 or address <= 0:
+        raise TransferError(f"cannot register {num_bytes} bytes at {address:#x}", is_drained=True)
+    for start, size in registered:
+        if address < start + size and start < address + num_bytes:
+            raise TransferError(
+                f"[{address:#x}, +{num_bytes}) overlaps [{start:#x}, +{size}), which is registered",
+                is_drained=True,
+            )
