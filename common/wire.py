@@ -154,9 +154,12 @@ class Resume(Message, frozen=True, tag="resume"):
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
+    """`lease_id`: from decode, the lease that must be drained; 0 if there is none."""
+
     request_id: str
     attempt: int
     reason: str
+    lease_id: int = 0
 
 
 class Offer(Message, frozen=True, tag="offer"):
