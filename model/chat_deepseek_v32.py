@@ -105,6 +105,8 @@ def _check_end(messages: Conversation) -> None:
 
 def _extras(tools: list[dict[str, Any]] | None, response_format: dict[str, Any] | None) -> str:
     text = ""
+    if tools is not None and not isinstance(tools, list):
+        raise RequestError("tools must be a list", param="tools")
     if tools:
         schemas = "\n".join(_to_json(_function(tool)) for tool in tools)
         text += f"\n\n{_TOOLS_TEXT}{schemas}\n</functions>\n"
@@ -126,15 +128,15 @@ def _function(tool: Any) -> dict[str, Any]:
 
 def _schema(response_format: dict[str, Any] | None) -> Any:
     """JSON schema of OpenAI's response_format; None for plain text."""
-    kind = (response_format or {"type": "text"}).get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"type": "object"}
-    holder = response_format.get("json_schema") if response_format else None
-    if kind != "json_schema" or not isinstance(holder, dict) or "schema" not in holder:
-        raise RequestError("response_format is not understood", param="response_format")
-    return holder["schema"]
+    match response_format:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return schema
+        case _:
+            raise RequestError("response_format is not understood", param="response_format")
 
 
 def _user(message: dict[str, Any], opens_thinking: bool) -> str:
@@ -178,10 +180,7 @@ def _result(messages: Conversation, index: int, opens_thinking: bool) -> str:
     is_last = index + 1 == len(messages) or messages[index + 1]["role"] != "tool"
     if order > len(calls) or (is_last and order != len(calls)):
         raise RequestError(
-            f"{len(calls)} tool calls are followed by {order} or more results"
-            if order > len(calls)
-            else f"{len(calls)} tool calls are followed by only {order} results",
-            param=f"messages[{index}]",
+            f"{len(calls)} tool calls need as many results, not {order}", param=f"messages[{index}]"
         )
     text = f"\n<result>{messages[index].get('content') or ''}</result>"
     if order == 1:

@@ -25,6 +25,10 @@ MODEL_TYPES: dict[str, Architecture] = {
 }
 
 
+_MAX_EXPERTS = 1 << 18
+"""Experts of all layers; DeepSeek-V3.2 has 15,616. Their names are listed before any is read."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Shapes and switches of one model; names follow config.json where it has one.
@@ -315,6 +319,9 @@ def _check_relations(reader: ConfigReader, config: ModelConfig) -> None:
         )
     if "sparse" not in config.mlp_types:
         return
+    num_experts = config.num_layers * config.n_routed_experts
+    if num_experts > _MAX_EXPERTS:
+        reader.fault(f"num_hidden_layers times n_routed_experts ({num_experts}) is absurd")
     if config.n_routed_experts % config.n_group:
         reader.fault(
             f"n_routed_experts ({config.n_routed_experts}) must be a multiple of n_group "

@@ -7,13 +7,14 @@ on and find the others; `raise_faults` ends it.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import CheckpointError
 
 _MAX_JSON_BYTES = 256 * 1024 * 1024
+_MAX_NUMBER = 1e15
+"""Bound of every real number in a configuration; keeps infinity and NaN out too."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class ConfigReader:
 
     def number(self, name: str, *, default: float | None = None, minimum: float = 1e-12) -> float:
         value = self._value(name, default)
-        if type(value) in (int, float) and math.isfinite(value) and value >= minimum:
+        if type(value) in (int, float) and minimum <= value <= _MAX_NUMBER:
             return float(value)
         if value is not None:
             sign = "positive" if minimum > 0 else "non-negative"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tidepool.common.errors import RequestError
 from tidepool.model.chat import normalize_messages
@@ -145,8 +147,10 @@ def test_conversations_without_a_place_in_the_format_are_a_400(messages):
 @pytest.mark.parametrize(
     "options",
     [
+        {"tools": {"x": 1}},
         {"tools": ["x"]},
         {"tools": [{"function": "x"}]},
+        {"response_format": ["text"]},
         {"response_format": {"type": "grammar"}},
         {"response_format": {"type": "json_schema"}},
     ],
@@ -154,3 +158,42 @@ def test_conversations_without_a_place_in_the_format_are_a_400(messages):
 def test_malformed_tools_and_response_formats_are_a_400(options):
     with pytest.raises(RequestError):
         encode(user("a"), **options)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=5,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer", "x"])},
+        optional={
+            "content": st.text(max_size=5) | JSON_VALUES,
+            "reasoning_content": JSON_VALUES,
+            "tool_calls": JSON_VALUES
+            | st.lists(
+                st.fixed_dictionaries(
+                    {
+                        "function": st.fixed_dictionaries(
+                            {"name": st.text(), "arguments": JSON_VALUES}
+                        )
+                    }
+                )
+            ),
+        },
+    ),
+    max_size=5,
+)
+
+
+@given(messages=MESSAGES | JSON_VALUES, tools=JSON_VALUES, form=JSON_VALUES, think=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_hostile_conversations_are_refused_or_encoded(messages, tools, form, think):
+    try:
+        text = encode_conversation(
+            normalize_messages(messages), tools=tools, response_format=form, is_thinking=think
+        )
+        assert text.startswith(BOS)
+    except RequestError as error:
+        assert error.status == 400

@@ -6,6 +6,8 @@ import json
 
 import pytest
 from helpers.tiny_models import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tidepool.common.config import KvSection
 from tidepool.common.errors import CheckpointError, ConfigError
@@ -161,10 +163,40 @@ def test_every_fault_is_listed_at_once():
         ({"vocab_size": True}, "vocab_size"),
         ({"norm_topk_prob": 1}, "norm_topk_prob"),
         ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"routed_scaling_factor": 10**400}, "routed_scaling_factor"),
+        ({"n_routed_experts": 2**31 - 8}, "absurd"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(changes, word):
     assert any(word in line for line in faults(V32, **changes))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(V32)), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    base=st.sampled_from([V32, GLM]),
+    changes=st.dictionaries(
+        st.sampled_from([*sorted(GLM), "index_topk_pattern", "indexer_types", "index_topk_freq"]),
+        JSON_VALUES,
+        max_size=4,
+    ),
+    rope=JSON_VALUES,
+    eos=JSON_VALUES,
+)
+@settings(max_examples=300, deadline=None)
+def test_no_value_of_any_field_raises_anything_else(base, changes, rope, eos):
+    for field in ("rope_scaling", "rope_parameters"):
+        try:
+            parse({**base, **changes, field: rope}, {"eos_token_id": eos})
+        except CheckpointError as error:
+            assert str(error)
 
 
 def test_unreadable_files_are_checkpoint_errors(tmp_path):
