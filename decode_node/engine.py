@@ -25,7 +25,7 @@ from ..common.wire import (
     Tokens,
 )
 from ..model.model import Model
-from ..model.output import OutputRow, choose_tokens, has_stopped
+from ..model.output import OutputRow, choose_tokens, has_stopped, no_token_error
 from ..transfer.fronts import FrontGone
 from .context import DecodeContext
 from .coordinator import HiSparseCoordinator
@@ -241,6 +241,9 @@ class DecodeEngine:
         for sequence, token, fault in zip(batch, tokens, faults, strict=True):
             if fault:
                 self._fault(sequence, fault)
+                continue
+            if token.token_id < 0:
+                self.fail(sequence.key, no_token_error(), can_retry=True)
                 continue
             sequence.tokens_since_seated += 1
             self._append(sequence, token)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.errors import RequestError
 from ..common.wire import OutputToken, Sampling
 from .sampling import SamplingBatch, logprobs, sample
 
@@ -42,6 +43,15 @@ def choose_tokens(
     return [
         OutputToken(token_id, logprob) for token_id, logprob in zip(token_ids, chosen, strict=True)
     ]
+
+
+def no_token_error() -> RequestError:
+    """Why a row whose token id is -1 fails: its logits are not finite, so its KV cannot be right."""
+    return RequestError(
+        "the model's output is not a number; this attempt's KV is damaged",
+        status=500,
+        code="not_finite",
+    )
 
 
 def has_stopped(

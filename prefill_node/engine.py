@@ -17,7 +17,7 @@ from ..common.wire import Cancel, Finish, Load, Submit
 from ..hostpool.device_pool import DevicePool
 from ..hostpool.pages import OwnerKind
 from ..model.model import Model
-from ..model.output import OutputRow, choose_tokens
+from ..model.output import OutputRow, choose_tokens, no_token_error
 from ..transfer.fronts import FrontGone
 from .context import PrefillContext, Segment
 from .handoff import Handoff, HandoffFailed, HandoffGranted, HandoffReleased, Send
@@ -253,6 +253,9 @@ class PrefillEngine:
         row = OutputRow(job.submit.sampling, job.num_tokens, 0)
         eos = self._model.config.eos_token_ids
         (first_token,) = choose_tokens(self._model.logits(hidden_1D), [row], eos)
+        if first_token.token_id < 0:
+            self._fail_batch([job], no_token_error())
+            return
         warm = tuple(tuple(positions[positions >= 0].tolist()) for positions in last_positions)
         job.advance(JobState.SENT)
         self._scheduler.retire(job)

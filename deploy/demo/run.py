@@ -27,6 +27,7 @@ TIMEOUT_S = 300.0
 SETTINGS: dict[str, Any] = {
     "model.path": str(CHECKPOINT),
     "model.name": "tidepool-demo",
+    "model.threads": 1,
     "decode.hot_rows": HOT_ROWS,
     "decode.seats": 4,
     "decode.host_tokens": 32768,

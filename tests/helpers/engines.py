@@ -22,6 +22,7 @@ EXACT = {
     "kv.page_size": 16,
     "model.dtype": "float32",
     "model.device": "cpu",
+    "model.threads": 1,
     "model.strict_norm_eps": True,
     "prefill.pool_tokens": 2048,
     "decode.host_tokens": 4096,

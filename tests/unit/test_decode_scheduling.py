@@ -210,3 +210,21 @@ def test_single_node_staging_allocates_paged_host_slots(path: Path, page_size: i
     assert len(copied) == 1
     assert len(node.output("r")) == max_tokens
     node.assert_empty()
+
+
+def test_damaged_host_rows_fail_their_own_request_and_no_other(path: Path) -> None:
+    requests = prompts(60, 60)
+    expected = alone(path, requests, max_tokens=20)
+    node = UnifiedHarness(path, **HOT)
+    for number, request in enumerate(requests):
+        node.ask(f"r{number}", request, max_tokens=20)
+    while not node.tokens["r1"]:
+        node.step()
+    sequence = node.decode.find(("r0", 0))
+    assert sequence is not None
+    node.decode.coordinator.host.poison(sequence.host_lease.pages)
+    node.run()
+    assert node.finishes["r0"].code == "not_finite"
+    assert node.finishes["r0"].can_retry
+    assert node.output("r1") == expected[1]
+    node.assert_empty()

@@ -1,0 +1,11 @@
+"""The demo model answers through the sparse path, and its answers come from the host."""
+
+from __future__ import annotations
+
+from tidepool.deploy.demo.acceptance import Acceptance
+
+
+def test_the_demo_model_passes_its_acceptance_on_a_small_sample() -> None:
+    results = Acceptance(2, (2048, 4096, 8000), control_length=2048).run()
+    assert [result for result in results if not result.passed] == []
+    assert len(results) == 7

@@ -1,0 +1,93 @@
+"""Real clusters on a local Ray, and what end-to-end tests ask of them.
+
+    with running(config) as cluster:
+        client = cluster.client()
+
+The cluster is stopped, and Ray with it, whatever happens in between.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import ray
+
+from tidepool.common.config import Config
+from tidepool.deploy.cluster import Cluster, start
+
+READY_TIMEOUT_S = 60.0
+SETTLE_TIMEOUT_S = 20.0
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Cluster]:
+    """A started cluster whose front says it is healthy."""
+    cluster = start(config, log_to_driver=False)
+    try:
+        wait_until(lambda: is_healthy(cluster), READY_TIMEOUT_S, "the front to be healthy")
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def is_healthy(cluster: Cluster) -> bool:
+    return httpx.get(f"{cluster.url}/health", timeout=5.0).status_code == httpx.codes.OK
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Polls until `condition` holds; returns the seconds it took, AssertionError after too many."""
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < timeout_s, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+    return time.monotonic() - begin
+
+
+def complete(cluster: Cluster, prompt: Any, **body: Any) -> dict[str, Any]:
+    """One greedy completion, not streamed; AssertionError unless it is answered 200."""
+    payload = {"prompt": prompt, "temperature": 0, "return_token_ids": True, **body}
+    response = httpx.post(f"{cluster.url}/v1/completions", json=payload, timeout=120.0)
+    assert response.status_code == httpx.codes.OK, response.text
+    return dict(response.json())
+
+
+def token_ids(answer: dict[str, Any]) -> list[int]:
+    """Output token ids of a completion's first choice."""
+    return list(answer["choices"][0]["token_ids"])
+
+
+def audits(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    """Checks every invariant of every node; its counters by node id."""
+    ids = list(cluster.nodes)
+    answers = ray.get([cluster.nodes[node_id].audit.remote() for node_id in ids], timeout=30.0)
+    return {node_id: answer["stats"] for node_id, answer in zip(ids, answers, strict=True)}
+
+
+def is_empty(stats: dict[str, Any]) -> bool:
+    """Every pool of a node is as full as at its start."""
+    return all(
+        stats[f"{pool}_free"] == stats[f"{pool}_total"]
+        for pool in ("host_pages", "index_pages", "seats", "device_pages")
+        if f"{pool}_free" in stats
+    )
+
+
+def assert_settles_empty(cluster: Cluster) -> None:
+    """All pools of all nodes are empty soon: nothing leaks."""
+    wait_until(
+        lambda: all(is_empty(stats) for stats in audits(cluster).values()),
+        SETTLE_TIMEOUT_S,
+        f"empty pools: {audits(cluster)}",
+    )
+
+
+def kill(cluster: Cluster, node_id: str) -> None:
+    """kill -9 of a node's process."""
+    info = ray.get(cluster.nodes[node_id].info.remote(), timeout=10.0)
+    os.kill(info["pid"], signal.SIGKILL)
