@@ -83,10 +83,6 @@ class Attempt:
     def needs(self, node_id: str, epoch: int) -> bool:
         return any(node.node_id == node_id and node.epoch == epoch for node in self.nodes)
 
-    def is_from_route(self, node_id: str, epoch: int) -> bool:
-        route = (self.route.prefill, self.route.decode)
-        return any(node.node_id == node_id and node.epoch == epoch for node in route)
-
     def merge(self, message: wire.Tokens, now_s: float) -> tuple[wire.OutputToken, ...]:
         """Returns the tokens of `message` that are new and next in line."""
         self.heard_s = now_s

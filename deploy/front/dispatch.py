@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ...common import wire
 from ...common.clock import Clock
-from ...common.errors import RequestError
+from ...common.errors import PeerError, RequestError
 from .metrics import FrontMetrics
 from .nodes import NodeDirectory, NodeInfo
 from .ports import Control, Peer
@@ -111,7 +111,7 @@ class Dispatcher:
 
     def _expecting(self, peer: Peer, message: wire.Tokens | wire.Finish) -> FrontRequest | None:
         request = self._requests.get(message.request_id)
-        if request is None or not request.expects(message.attempt, peer.node_id, peer.epoch):
+        if request is None or not request.expects(message, peer.node_id, peer.epoch):
             return None
         return request
 
@@ -144,13 +144,21 @@ class Dispatcher:
             _LOGGER.exception("request %s failed at the front", request.request_id)
             sends = request.fail(_internal_error()) if not request.is_ended else []
         for send in sends:
-            self._control.send(send.node_id, send.message)
+            self._send(request, send)
         for kind in request.losses[num_losses:]:
             self._metrics.losses.labels(kind).inc()
             _LOGGER.warning(
                 "request %s lost attempt %d: %s", request.request_id, request.attempts, kind
             )
         self._count_nodes(request)
+
+    def _send(self, request: FrontRequest, send: Send) -> None:
+        try:
+            self._control.send(send.node_id, send.message)
+        except PeerError as error:  # the control plane does not keep up
+            _LOGGER.error("cannot send to %s: %s", send.node_id, error)
+            if isinstance(send.message, wire.Submit):
+                request.on_unsent(str(error), self._clock.now())
 
     def _count_nodes(self, request: FrontRequest) -> None:
         before = self._occupied.get(request.request_id, ())
@@ -210,7 +218,10 @@ class Handover:
         with self._lock:
             events, self._events = self._events, []
         for event in events:
-            event()
+            try:
+                event()
+            except Exception:  # outermost loop: the events behind it must still be heard
+                _LOGGER.exception("an event of the control plane failed at the front")
 
 
 def _internal_error() -> RequestError:

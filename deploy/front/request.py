@@ -151,14 +151,18 @@ class FrontRequest:
         )
         return [Send(route.prefill.node_id, message)]
 
-    def expects(self, attempt: int, node_id: str, epoch: int) -> bool:
-        """Whether a message of that attempt from that incarnation is for the running attempt."""
+    def expects(self, message: wire.Tokens | wire.Finish, node_id: str, epoch: int) -> bool:
+        """Whether a message of that incarnation is for the running attempt.
+
+        Tokens come from decode alone; the end of an attempt from any node it still needs.
+        """
         running = self._attempt
-        return (
-            running is not None
-            and running.number == attempt
-            and running.is_from_route(node_id, epoch)
-        )
+        if running is None or running.number != message.attempt:
+            return False
+        if isinstance(message, wire.Finish):
+            return running.needs(node_id, epoch)
+        decode = running.route.decode
+        return (decode.node_id, decode.epoch) == (node_id, epoch)
 
     def on_tokens(self, message: wire.Tokens, now_s: float) -> list[Send]:
         """Takes output tokens of the running attempt (see `expects`)."""
@@ -187,6 +191,10 @@ class FrontRequest:
         if self._attempt is None or not self._attempt.needs(node_id, epoch):
             return []
         return self._lose("node_lost", f"{node_id} is gone: {reason}", now_s, {node_id})
+
+    def on_unsent(self, reason: str, now_s: float) -> None:
+        """The control plane did not take the Submit: the attempt has not begun anywhere."""
+        self._lose("node_lost", reason, now_s, set())
 
     def on_tick(self, now_s: float) -> list[Send]:
         """Keeps every wait bounded; called several times a second."""

@@ -27,8 +27,9 @@ from helpers.front import (
 
 from tidepool.common import wire
 from tidepool.common.errors import ConfigError, InvariantError, RequestError
+from tidepool.deploy.front import call_response, service
 from tidepool.deploy.front.no_tokenizer import NoTokenizer
-from tidepool.deploy.front.server import FrontServer, ThreadedServer
+from tidepool.deploy.front.server import FrontServer, ThreadedServer, listen
 from tidepool.deploy.front.slots import Slots
 
 
@@ -273,6 +274,21 @@ def test_a_silent_cluster_ends_in_a_typed_error():
         front.assert_idle()
 
 
+def test_a_long_wait_for_the_first_token_keeps_the_connection_alive(monkeypatch):
+    monkeypatch.setattr(service, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(call_response, "COMMIT_S", 0.1)
+    settings = {"stall_s": 0.3, "max_attempts": 1}
+    with RunningFront(
+        lambda submit, decode_id: [], front=settings, transfer={"deadline_s": 0.1}
+    ) as front:
+        response = httpx.post(f"{front.url}/v1/completions", json=body(stream=True))
+        assert response.status_code == 200
+        assert response.text.startswith(": waiting\n\n")
+        (event,) = [line for line in response.text.splitlines() if line.startswith("data: ")]
+        assert json.loads(event[6:])["error"]["code"] == "stall"
+        front.assert_idle()
+
+
 def test_draining_refuses_new_calls_and_waits_for_running_ones():
     with RunningFront(slow) as front:
         answers = []
@@ -365,6 +381,14 @@ def test_a_port_in_use_is_a_config_error():
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
             threaded.start()
         threaded.stop()
+
+
+def test_connections_say_they_are_tcp_so_that_asyncio_sets_nodelay():
+    with listen("127.0.0.1", 0) as listener:
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.proto == socket.IPPROTO_TCP
 
 
 def test_a_slot_is_released_once():

@@ -23,7 +23,7 @@ from helpers.front import (
 
 from tidepool.common import wire
 from tidepool.common.clock import FakeClock
-from tidepool.common.errors import RequestError
+from tidepool.common.errors import PeerError, RequestError
 from tidepool.deploy.front.attempt import Bounds
 from tidepool.deploy.front.dispatch import Dispatcher
 from tidepool.deploy.front.metrics import FrontMetrics
@@ -315,6 +315,20 @@ def test_a_fault_in_one_request_leaves_the_others_alone(caplog):
     assert broken.error is not None and broken.error.status == 500
     assert ids(fine) == TRUTH
     assert "failed at the front" in caplog.text
+
+
+def test_a_submit_that_cannot_be_sent_is_tried_again_and_then_fails(monkeypatch):
+    bench = Bench()
+
+    def refuse(node_id, message):
+        raise PeerError("the queue is full")
+
+    monkeypatch.setattr(bench.control, "send", refuse)
+    request = bench.submit()
+    bench.run_out()
+    assert request.error is not None and request.error.status == 503
+    assert request.losses == ["node_lost"] * 3
+    bench.assert_idle()
 
 
 def test_the_metrics_name_every_node():

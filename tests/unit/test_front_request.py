@@ -149,13 +149,25 @@ def test_the_loss_of_prefill_matters_only_before_the_first_token():
 
 
 def test_messages_of_an_old_attempt_are_not_expected():
-    request, _ = started()
+    request, submit = started()
+    old = tokens_of(submit, 0, [1])
     request.on_lost("decode-0", 1, "silent", 1.0)
-    assert not request.expects(1, "decode-0", 1)
-    request.submit(OTHER, 1.0)
-    assert not request.expects(1, "decode-0", 1)
-    assert not request.expects(2, "decode-1", 2)
-    assert request.expects(2, "decode-1", 1)
+    assert not request.expects(old, "decode-0", 1)
+    (send,) = request.submit(OTHER, 1.0)
+    new = tokens_of(send.message, 0, [1])
+    assert not request.expects(old, "decode-0", 1)
+    assert not request.expects(new, "decode-1", 2)
+    assert not request.expects(new, "prefill-1", 1)
+    assert request.expects(new, "decode-1", 1)
+
+
+def test_prefill_can_end_an_attempt_only_before_its_first_token():
+    request, submit = started()
+    finish = finish_of(submit, 0, "error", can_retry=True)
+    assert request.expects(finish, "prefill-0", 1)
+    request.on_tokens(tokens_of(submit, 0, [1]), 0.0)
+    assert not request.expects(finish, "prefill-0", 1)
+    assert request.expects(finish, "decode-0", 1)
 
 
 def test_the_last_attempt_ends_with_the_nodes_own_error():
