@@ -121,7 +121,7 @@ def _index_logits(
         table = page_table_BP[row, : -(-length // page_size)]
         keys = _gather_keys(pages_PX, table, page_size, layout, query_BID.shape[-1])[:length]
         logits = torch.mm(query_BID[row], keys.t()).relu_()
-        torch.mv(logits.t(), weight_BI[row], out=scores_BC[row, :length])
+        scores_BC[row, :length] = torch.mm(weight_BI[row : row + 1], logits)[0]
         _hide_holes(scores_BC[row, :length], table, page_size)
 
 

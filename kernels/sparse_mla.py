@@ -69,6 +69,8 @@ def _sparse_mla(
         return
     has_holes = check_range("sparse_mla", "row_idx", row_idx_BK, rows_NX.shape[0]) < 0
     latent_dim = q_latent_BHC.shape[-1]
+    if layout == "mla_fp8":
+        rows_NX, row_idx_BK, layout = _decode_once(rows_NX, row_idx_BK, layout, latent_dim)
     q_BHX = torch.cat([q_latent_BHC, q_rope_BHR], -1).float().mul_(scale)
     block = max(1, _BLOCK_BYTES // (4 * k * q_BHX.shape[-1]))
     for start in range(0, num_tokens, block):
@@ -87,6 +89,23 @@ def _without_empty_columns(row_idx_BK: Tensor) -> Tensor:
     """Drops the columns behind the last one in which any row selects something."""
     used = np.flatnonzero((row_idx_BK.numpy() >= 0).any(0))
     return row_idx_BK[:, : int(used[-1]) + 1 if used.size else 0]
+
+
+def _decode_once(
+    rows_NX: Tensor, row_idx_BK: Tensor, layout: str, latent_dim: int
+) -> tuple[Tensor, Tensor, str]:
+    """The same rows and indices as mla_fp32, if the selections overlap enough to be worth it.
+
+    Tokens of a prompt's chunk select mostly the same rows. Only for a range of rows at most half
+    as long as the indices are many, so the copy is smaller than what is gathered anyway.
+    """
+    highest = int(row_idx_BK.max())
+    lowest = int(row_idx_BK.masked_fill(row_idx_BK < 0, highest).min())
+    if 2 * (highest + 1 - lowest) > row_idx_BK.numel():
+        return rows_NX, row_idx_BK, layout
+    decoded = torch.cat(unpack_rows(rows_NX[lowest : highest + 1], layout, latent_dim), -1)
+    shifted = torch.where(row_idx_BK < 0, -1, row_idx_BK - lowest)
+    return decoded.view(torch.uint8), shifted, "mla_fp32"
 
 
 def _gather(

@@ -63,6 +63,15 @@ def test_rows_with_gaps_between_them_leave_the_gaps_alone() -> None:
     assert torch.equal(memory[:, [6, 0], 3:20], source[:, [1, 5]])
 
 
+def test_rows_at_an_odd_address_are_copied_like_any_other() -> None:
+    source, memory = random_bytes(2, 8, 16), random_bytes(2 * 8 * 16 + 3)
+    target, before = memory[3:].view(2, 8, 16), memory.clone()
+    copy_rows(source, target, slots(1, 5), slots(6, 0))
+    assert torch.equal(target[:, [6, 0]], source[:, [1, 5]])
+    target[:, [6, 0]] = before[3:].view(2, 8, 16)[:, [6, 0]]
+    assert torch.equal(memory, before)
+
+
 def test_no_rows_and_only_skipped_rows_copy_nothing() -> None:
     source, target = random_bytes(2, 4, 8), random_bytes(2, 4, 8)
     before = target.clone()

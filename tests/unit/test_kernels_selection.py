@@ -219,13 +219,17 @@ def test_attention_is_softmax_over_the_selected_rows(layout: str) -> None:
     assert not out[2].any()
 
 
-def test_many_tokens_are_attended_in_blocks() -> None:
-    rows = pack_rows(torch.randn(64, 512), torch.randn(64, 64), "mla_bf16")
+@pytest.mark.parametrize("layout", ["mla_bf16", "mla_fp8", "mla_fp32"])
+def test_many_tokens_are_attended_in_blocks(layout: str) -> None:
+    guard = torch.full((9, 1), 0xFF, dtype=torch.uint8)
+    rows = pack_rows(torch.randn(64, 512), torch.randn(64, 64), layout)
+    rows = torch.cat([guard.expand(9, rows.shape[1]), rows])
     q_latent, q_rope = torch.randn(70, 2, 512), torch.randn(70, 2, 64)
-    idx = torch.randint(-1, 64, (70, 128), dtype=torch.int32)
+    idx = torch.randint(9, 73, (70, 128), dtype=torch.int32)
+    idx[torch.rand(70, 128) < 0.1] = -1
     out = torch.empty(70, 2, 512)
-    sparse_mla(q_latent, q_rope, rows, idx, 0.05, "mla_bf16", out)
-    latent, rope = unpack_rows(rows, "mla_bf16", 512)
+    sparse_mla(q_latent, q_rope, rows, idx, 0.05, layout, out)
+    latent, rope = unpack_rows(rows, layout, 512)
     for token in (0, 13, 14, 69):
         expected = expected_attention(
             q_latent[token], q_rope[token], latent, rope, idx[token], 0.05

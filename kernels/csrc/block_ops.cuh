@@ -1,0 +1,91 @@
+// Sums over a block, cluster barriers, programmatic launch: the small tools of the kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "transfer_item.cuh"
+
+namespace tidepool {
+
+__device__ __forceinline__ unsigned warp_sum(unsigned value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(kFullMask, value);
+#else
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+        value += __shfl_xor_sync(kFullMask, value, step);
+    }
+    return value;
+#endif
+}
+
+__device__ __forceinline__ int warp_min(int value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_min_sync(kFullMask, value);
+#else
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+        value = min(value, __shfl_xor_sync(kFullMask, value, step));
+    }
+    return value;
+#endif
+}
+
+// Inclusive sum over the lanes up to the caller's.
+__device__ __forceinline__ unsigned warp_inclusive_sum(unsigned value, int lane) {
+    for (int step = 1; step < kWarpSize; step *= 2) {
+        const unsigned below = __shfl_up_sync(kFullMask, value, step);
+        value += lane >= step ? below : 0;
+    }
+    return value;
+}
+
+// One word a warp, read by all warps after a barrier. A buffer is written again only after another
+// barrier has passed since it was read.
+struct WarpWords {
+    uint32_t* words;  // [32]
+
+    __device__ void put(int warp, int lane, unsigned value) const {
+        if (lane == 0) {
+            words[warp] = value;
+        }
+    }
+    __device__ unsigned get(int num_warps, int lane) const {
+        return lane < num_warps ? words[lane] : 0u;
+    }
+    __device__ unsigned total(int num_warps, int lane) const {
+        return warp_sum(get(num_warps, lane));
+    }
+    __device__ unsigned before(int warp, int lane) const { return warp_sum(get(warp, lane)); }
+};
+
+// All CTAs of a batch row have read the tables: `cluster_arrive` after the last read,
+// `cluster_wait` before the first write. Nothing for a row with one CTA.
+__device__ __forceinline__ void cluster_arrive(int num_ranks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (num_ranks > 1) {
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    }
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait(int num_ranks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (num_ranks > 1) {
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
+#endif
+}
+
+// Programmatic dependent launch: the next kernel may be set up now; it waits before it reads.
+__device__ __forceinline__ void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace tidepool

@@ -1,0 +1,216 @@
+// The swap-in kernels and their launchers (a plain C interface, called through ctypes).
+//
+// | kernel                             | grid                 | does                                  |
+// |------------------------------------|----------------------|---------------------------------------|
+// | load_cache_to_device_buffer_kernel | B rows x ranks       | resolve a row, copy its misses        |
+// | resolve_kernel                     | B rows               | resolve only: the plan                |
+// | copy_plan_kernel                   | as told              | copy a plan for one layer             |
+//
+// No kernel allocates or synchronises with the host. Launchers return a cudaError_t.
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "params.h"
+#include "resolve.cuh"
+#include "smem_layout.cuh"
+#include "transfer_item.cuh"
+
+namespace tidepool {
+
+constexpr int kThreads = 512;
+constexpr int kCopyThreads = 512;
+
+// Miss i of a row just resolved.
+struct SharedPlan {
+    const int32_t* miss_host;
+    const uint16_t* victim;
+    int64_t first_row;
+
+    __device__ longlong2 operator()(int i) const { return {miss_host[i], first_row + victim[i]}; }
+};
+
+// The items of a warp's lanes: item i is in lane i.
+struct LanePlan {
+    int64_t host_slot;
+    int64_t device_row;
+
+    __device__ longlong2 operator()(int i) const {
+        return {__shfl_sync(kFullMask, host_slot, i), __shfl_sync(kFullMask, device_row, i)};
+    }
+};
+
+template <int kSlots>
+__global__ void __launch_bounds__(kThreads, kSlots <= 8 ? 2 : 1)
+    load_cache_to_device_buffer_kernel(const __grid_constant__ ResolveParams p,
+                                       const __grid_constant__ CopyParams rows) {
+    extern __shared__ __align__(16) char smem_raw[];
+    const int row = blockIdx.x / p.num_ranks;
+    const int rank = blockIdx.x % p.num_ranks;
+    RowResolver<kThreads, kSlots> resolver(p, smem_raw, row, rank);
+    const int num_misses = resolver.run(rows.num_host_rows);
+    const SharedPlan plan = {resolver.miss_host(), resolver.victim(), resolver.first_row};
+    // Neighbours in the plan, which are neighbours in memory, go to different ranks at one time.
+    copy_items(rows, plan, resolver.warp * p.num_ranks + rank,
+               kThreads / kWarpSize * p.num_ranks, num_misses, resolver.lane);
+}
+
+template <int kSlots>
+__global__ void __launch_bounds__(kThreads, kSlots <= 8 ? 2 : 1)
+    resolve_kernel(const __grid_constant__ ResolveParams p) {
+    extern __shared__ __align__(16) char smem_raw[];
+    launch_dependents();
+    RowResolver<kThreads, kSlots> resolver(p, smem_raw, blockIdx.x, 0);
+    resolver.run(INT64_MAX);
+}
+
+// Misses of all rows as one flat list, dealt to the warps of the grid one by one: the work is even
+// however the misses are spread over rows, and the grid reads one narrow window at a time.
+__global__ void __launch_bounds__(kCopyThreads, 2)
+    copy_plan_kernel(const __grid_constant__ PlanParams p, const __grid_constant__ CopyParams rows) {
+    constexpr int kWarps = kCopyThreads / kWarpSize;
+    __shared__ int last_of_row[kMaxBatch];  // misses of rows 0 .. b
+    __shared__ unsigned warp_words[kWarpSize];
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize;
+    wait_for_previous();
+    const int b = threadIdx.x;
+    const int own = b < p.batch ? max(0, min(p.num_misses[b], p.topk)) : 0;
+    unsigned inclusive = warp_inclusive_sum(own, lane);
+    if (lane == kWarpSize - 1) {
+        warp_words[warp] = inclusive;
+    }
+    __syncthreads();
+    const WarpWords words = {warp_words};
+    const int total = static_cast<int>(words.total(kWarps, lane));
+    if (total == 0) {
+        return;
+    }
+    inclusive += words.before(warp, lane);
+    last_of_row[b] = static_cast<int>(inclusive);
+    __syncthreads();
+    const int num_warps = gridDim.x * kWarps;
+    const int first = warp * gridDim.x + blockIdx.x;
+#pragma unroll 1
+    for (int base = first; base < total; base += num_warps * kWarpSize) {
+        const int item = base + lane * num_warps;
+        LanePlan plan = {-1, -1};
+        if (item < total) {
+            int low = 0;  // first row whose misses end behind the item
+            int high = p.batch - 1;
+            while (low < high) {
+                const int middle = (low + high) / 2;
+                if (last_of_row[middle] > item) {
+                    high = middle;
+                } else {
+                    low = middle + 1;
+                }
+            }
+            const int before = low == 0 ? 0 : last_of_row[low - 1];
+            const int64_t at = static_cast<int64_t>(low) * p.topk + item - before;
+            plan.host_slot = p.miss_host_slot[at];
+            plan.device_row = p.miss_device_row[at];
+        }
+        const int left = (total - base + num_warps - 1) / num_warps;
+        copy_items(rows, plan, 0, 1, min(left, kWarpSize), lane);
+    }
+}
+
+template <class Kernel, class... Params>
+cudaError_t launch(Kernel kernel, int grid, int threads, size_t smem_bytes, int cluster,
+                   bool is_dependent, cudaStream_t stream, const Params&... params) {
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+        ++config.numAttrs;
+    }
+    if (is_dependent) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+        ++config.numAttrs;
+    }
+    return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+// Runs `body` with the kernel whose slots a thread cover `hot_rows`.
+template <class Body>
+cudaError_t with_slots(int hot_rows, const Body& body) {
+    if (hot_rows <= 8 * kThreads) {
+        return body(std::integral_constant<int, 8>{});
+    }
+    if (hot_rows <= 16 * kThreads) {
+        return body(std::integral_constant<int, 16>{});
+    }
+    return hot_rows <= kMaxHotRows ? body(std::integral_constant<int, kMaxHotRows / kThreads>{})
+                                   : cudaErrorInvalidValue;
+}
+
+template <int kSlots>
+cudaError_t prepare_kernels(int max_ranks) {
+    const auto fused = load_cache_to_device_buffer_kernel<kSlots>;
+    const int bytes = static_cast<int>(SmemLayout(kMaxTopk, kMaxHotRows).bytes);
+    cudaError_t error =
+        cudaFuncSetAttribute(fused, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess && max_ranks > 8) {
+        error = cudaFuncSetAttribute(fused, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+    return error != cudaSuccess
+               ? error
+               : cudaFuncSetAttribute(resolve_kernel<kSlots>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+}  // namespace tidepool
+
+extern "C" {
+
+const char* tidepool_error_string(int error) {
+    return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+// Loads every kernel on the current device, so that a first launch may be inside a graph capture.
+int tidepool_prepare(int max_ranks) {
+    using namespace tidepool;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, copy_plan_kernel);
+    if (error == cudaSuccess) error = prepare_kernels<8>(max_ranks);
+    if (error == cudaSuccess) error = prepare_kernels<16>(max_ranks);
+    if (error == cudaSuccess) error = prepare_kernels<kMaxHotRows / kThreads>(max_ranks);
+    return error;
+}
+
+int tidepool_resolve(const tidepool::ResolveParams* p, cudaStream_t stream) {
+    using namespace tidepool;
+    return with_slots(p->hot_rows, [&](auto slots) {
+        const size_t bytes = SmemLayout(p->topk, p->hot_rows).bytes;
+        return launch(resolve_kernel<decltype(slots)::value>, p->batch, kThreads, bytes, 1, false,
+                      stream, *p);
+    });
+}
+
+int tidepool_swap_in(const tidepool::ResolveParams* p, const tidepool::CopyParams* rows,
+                     cudaStream_t stream) {
+    using namespace tidepool;
+    return with_slots(p->hot_rows, [&](auto slots) {
+        const size_t bytes = SmemLayout(p->topk, p->hot_rows).bytes;
+        return launch(load_cache_to_device_buffer_kernel<decltype(slots)::value>,
+                      p->batch * p->num_ranks, kThreads, bytes, p->num_ranks, false, stream, *p,
+                      *rows);
+    });
+}
+
+int tidepool_copy_plan(const tidepool::PlanParams* p, const tidepool::CopyParams* rows,
+                       int num_ctas, int is_dependent, cudaStream_t stream) {
+    using namespace tidepool;
+    return launch(copy_plan_kernel, num_ctas, kCopyThreads, 0, 1, is_dependent != 0, stream, *p,
+                  *rows);
+}
+
+}  // extern "C"
