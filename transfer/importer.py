@@ -1,0 +1,313 @@
+"""The decode side of the hand-off: all leases of a node, on the I/O thread of its loop.
+
+The step thread answers OfferArrived with grant, defer or refuse (thread-safe) and gets events
+through `post_event`. For each grant exactly one of ImportReady and ImportFailed comes, and exactly
+one LeaseEnded, which is the only permission to take the lease's pages back from the writer.
+
+A key that was granted or refused is remembered for a while: an Offer for it that arrives late is
+answered from memory and never becomes a second lease.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from ..common import wire
+from ..common.config import TransferSection
+from ..common.errors import InvariantError, ProtocolError
+from .events import ImportEvent, ImportFailed, Key, LeaseEnded, OfferArrived
+from .inbound import (
+    Action,
+    Event,
+    ImportCancelled,
+    Inbound,
+    InboundState,
+    LeaseTick,
+    Reply,
+    StartVerify,
+    Tell,
+    Verified,
+    WriterDown,
+    WriterFenced,
+    WriterUp,
+)
+from .mover import VerifyJob
+from .pages import expand, page_segments
+from .session import Control, Peer
+
+MAX_REMEMBERED_KEYS = 65536
+
+
+class VerifyMover(Protocol):
+    """What the importer uses of `mover.Mover`."""
+
+    def verify(self, job: VerifyJob) -> None: ...
+
+
+class _Lease:
+    """A machine, its writer and its pages."""
+
+    def __init__(self, machine: Inbound, peer: Peer, pages: dict[str, list[int]]) -> None:
+        self.machine = machine
+        self.peer = peer
+        self.pages = pages
+
+
+class Importer:
+    """See the module.
+
+    Args:
+        control: the node's control loop.
+        mover: the node's mover.
+        regions: own memory, as in this node's Hello.
+        has_checksums: whether chunks must carry checksums, and are verified.
+        post_event: gets each event; thread-safe, never blocks.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        mover: VerifyMover,
+        regions: Sequence[wire.Region],
+        config: TransferSection,
+        *,
+        has_checksums: bool,
+        post_event: Callable[[ImportEvent], None],
+    ) -> None:
+        self._control = control
+        self._mover = mover
+        self._regions = {region.name: region for region in regions}
+        self._config = config
+        self._has_checksums = has_checksums
+        self._post_event = post_event
+        self._lease_ids = itertools.count(1)
+        self._undecided: dict[Key, Peer | None] = {}
+        """Offers posted to the node, whose answer is under way; None: withdrawn since."""
+        self._leases: dict[int, _Lease] = {}
+        self._by_key: dict[Key, _Lease] = {}
+        self._past: OrderedDict[Key, wire.Refuse] = OrderedDict()
+
+    # ---- any thread ----
+
+    def grant(
+        self,
+        key: Key,
+        kv_runs: Sequence[wire.PageRun],
+        index_runs: Sequence[wire.PageRun],
+        num_pages: int,
+    ) -> int:
+        """Grants an offer these pages, in order of position; returns the lease's id.
+
+        `num_pages`: pages of the prompt; the runs hold at least so many. If the offer is gone by
+        now, ImportFailed and LeaseEnded follow at once.
+        """
+        lease_id = next(self._lease_ids)
+        grant = wire.Grant(
+            request_id=key[0],
+            attempt=key[1],
+            lease_id=lease_id,
+            kv_runs=tuple(kv_runs),
+            index_runs=tuple(index_runs),
+        )
+        self._control.post(lambda: self._grant(grant, num_pages))
+        return lease_id
+
+    def defer(self, key: Key, retry_after_s: float) -> None:
+        """Full now; prefill offers again after that time."""
+        self._control.post(lambda: self._defer(key, retry_after_s))
+
+    def refuse(self, key: Key, reason: str, status: int, code: str) -> None:
+        """Never; `status` and `code` become the client's error."""
+        self._control.post(lambda: self._refuse(wire.Refuse(*key, reason, status, code)))
+
+    def cancel(self, key: Key, reason: str) -> None:
+        """Gives up an import that is not ready; ImportFailed follows. Else ignored."""
+        self._control.post(lambda: self._cancel(key, reason))
+
+    def fence(self, node_id: str, epoch: int) -> None:
+        """That prefill incarnation, and all before, are dead: their leases end."""
+        self._control.post(lambda: self._fence(node_id, epoch))
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases)
+
+    # ---- I/O thread: commands ----
+
+    def _grant(self, grant: wire.Grant, num_pages: int) -> None:
+        key = (grant.request_id, grant.attempt)
+        counts = {sum(run.count for run in grant.kv_runs)}
+        if "index" in self._regions:
+            counts.add(sum(run.count for run in grant.index_runs))
+        if len(counts) != 1 or min(counts) < num_pages or num_pages < 1:
+            raise InvariantError(f"{key}: a grant of {counts} pages for {num_pages}")
+        if key not in self._undecided:
+            raise InvariantError(f"{key} is granted without an offer, or twice")
+        peer = self._undecided.pop(key)
+        if peer is None:
+            reason = "the offer was withdrawn, or its node is gone"
+            self._post_event(ImportFailed(key, grant.lease_id, reason))
+            self._post_event(LeaseEnded(grant.lease_id))
+            return
+        pages = {"kv": expand(grant.kv_runs), "index": expand(grant.index_runs)}
+        machine = Inbound(grant, num_pages, self._has_checksums, self._config, self._control.clock)
+        lease = _Lease(machine, peer, pages)
+        self._leases[grant.lease_id] = self._by_key[key] = lease
+        for action in machine.begin():
+            self._execute(lease, action)
+
+    def _defer(self, key: Key, retry_after_s: float) -> None:
+        peer = self._undecided.pop(key, None)
+        if peer is not None:
+            self._control.send(peer.node_id, wire.Defer(*key, retry_after_s))
+
+    def _refuse(self, refuse: wire.Refuse) -> None:
+        key = (refuse.request_id, refuse.attempt)
+        peer = self._undecided.pop(key, None)
+        if peer is not None:
+            self._remember(key, refuse)
+            self._control.send(peer.node_id, refuse)
+
+    def _cancel(self, key: Key, reason: str) -> None:
+        lease = self._by_key.get(key)
+        if lease is not None:
+            self._advance(lease, ImportCancelled(reason))
+
+    def _fence(self, node_id: str, epoch: int) -> None:
+        for lease in list(self._leases.values()):
+            if lease.peer.node_id == node_id and lease.peer.epoch <= epoch:
+                reason = f"epoch {lease.peer.epoch} of {node_id} is dead"
+                self._advance(lease, WriterFenced(reason))
+
+    def _remember(self, key: Key, refuse: wire.Refuse) -> None:
+        self._past[key] = refuse
+        if len(self._past) > MAX_REMEMBERED_KEYS:
+            self._past.popitem(last=False)
+
+    # ---- I/O thread: Handler ----
+
+    def on_peer_up(self, peer: Peer) -> None:
+        self._fence(peer.node_id, peer.epoch - 1)
+        for lease in self._of(peer):
+            self._advance(lease, WriterUp())
+
+    def on_peer_down(self, peer: Peer, reason: str) -> None:
+        for key, offerer in self._undecided.items():
+            if offerer == peer:
+                self._undecided[key] = None
+        for lease in self._of(peer):
+            self._advance(lease, WriterDown(reason))
+
+    def on_tick(self, now_s: float) -> None:
+        for lease in list(self._leases.values()):
+            self._advance(lease, LeaseTick())
+
+    def on_message(self, peer: Peer, message: wire.Message) -> bool:
+        if peer.role == "front":
+            if isinstance(message, wire.Fence):
+                self._fence(message.node_id, message.epoch)
+                return True
+            return False
+        if isinstance(message, wire.Offer):
+            self._on_offer(peer, message)
+        elif isinstance(message, wire.Cancel):
+            self._on_cancel(peer, message)
+        elif isinstance(message, (wire.Chunk, wire.Commit, wire.Drained)):
+            self._on_lease_message(peer, message)
+        else:
+            return False
+        return True
+
+    def _on_offer(self, peer: Peer, offer: wire.Offer) -> None:
+        key = (offer.request_id, offer.attempt)
+        lease = self._by_key.get(key)
+        if lease is not None:
+            self._check_writer(lease, peer)
+            self._advance(lease, offer)
+        elif key in self._past:
+            self._control.send(peer.node_id, self._past[key])
+        else:
+            is_new = key not in self._undecided
+            self._undecided[key] = peer
+            if is_new:
+                self._post_event(OfferArrived(peer, offer))
+
+    def _on_cancel(self, peer: Peer, cancel: wire.Cancel) -> None:
+        key = (cancel.request_id, cancel.attempt)
+        if self._undecided.get(key) == peer:
+            self._undecided[key] = None
+        lease = self._by_key.get(key)
+        if lease is not None:
+            self._check_writer(lease, peer)
+            self._advance(lease, cancel)
+
+    def _on_lease_message(
+        self, peer: Peer, message: wire.Chunk | wire.Commit | wire.Drained
+    ) -> None:
+        lease = self._leases.get(message.lease_id)
+        if lease is not None:
+            self._check_writer(lease, peer)
+            self._advance(lease, message)
+        elif isinstance(message, wire.Drained):
+            self._control.send(peer.node_id, wire.DrainedAck(message.lease_id))
+
+    def _check_writer(self, lease: _Lease, peer: Peer) -> None:
+        if (lease.peer.node_id, lease.peer.epoch) != (peer.node_id, peer.epoch):
+            raise ProtocolError(
+                f"{peer.node_id} (epoch {peer.epoch}) speaks of lease {lease.machine.lease_id}, "
+                f"which is of {lease.peer.node_id} (epoch {lease.peer.epoch})"
+            )
+
+    def _of(self, peer: Peer) -> list[_Lease]:
+        return [
+            lease
+            for lease in self._leases.values()
+            if (lease.peer.node_id, lease.peer.epoch) == (peer.node_id, peer.epoch)
+        ]
+
+    # ---- I/O thread: actions ----
+
+    def _advance(self, lease: _Lease, event: Event) -> None:
+        actions = lease.machine.advance(event)
+        key = lease.machine.key
+        if lease.machine.state is InboundState.ENDED and self._by_key.get(key) is lease:
+            del self._by_key[key]
+            del self._leases[lease.machine.lease_id]
+            self._remember(key, wire.Refuse(*key, "this attempt has ended here", 409, "ended"))
+        for action in actions:
+            self._execute(lease, action)
+
+    def _execute(self, lease: _Lease, action: Action) -> None:
+        if isinstance(action, Reply):
+            self._control.send(lease.peer.node_id, action.message)
+        elif isinstance(action, StartVerify):
+            self._start_verify(lease, action)
+        elif isinstance(action, Tell):
+            self._post_event(action.event)
+
+    def _start_verify(self, lease: _Lease, action: StartVerify) -> None:
+        parts = [(self._regions[name], lease.pages[name]) for name in self._regions]
+        pages = [
+            [
+                segment
+                for region, ids in parts
+                for segment in page_segments(region, ids[action.first_page + offset])
+            ]
+            for offset in range(action.num_pages)
+        ]
+        on_end = partial(self._on_verify_end, lease, action.sequence, action.tries)
+        self._mover.verify(
+            VerifyJob(
+                owner=(lease.machine.lease_id, "verify"),
+                pages=pages,
+                expected=action.checksums,
+                on_end=on_end,
+            )
+        )
+
+    def _on_verify_end(self, lease: _Lease, sequence: int, tries: int, is_good: bool) -> None:
+        self._advance(lease, Verified(sequence, tries, is_good))
