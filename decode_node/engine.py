@@ -68,6 +68,7 @@ class DecodeEngine:
         self._sequences: dict[RequestKey, Sequence] = {}
         self._finished: OrderedDict[RequestKey, tuple[list[OutputToken], Finish]] = OrderedDict()
         self.on_release: Callable[[Sequence], None] = lambda _: None
+        self.extra_stats: Callable[[], dict[str, float]] = dict
         self.num_steps = 0
         self.num_tokens = 0
         self.num_failed = 0
@@ -209,6 +210,7 @@ class DecodeEngine:
             "output_tokens": self.num_tokens,
             "parks": self._scheduler.num_parks,
             "failed_requests": self.num_failed,
+            **self.extra_stats(),
         }
 
     def check_invariants(self) -> None:

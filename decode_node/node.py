@@ -1,0 +1,84 @@
+"""A decode node's process: model, pools, importer and engine, joined."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..common.clock import MonotonicClock
+from ..common.config import Config
+from ..common.step_loop import Engine, StepLoop
+from ..model.runtime import load_runtime
+from ..transfer.control import ControlLoop
+from ..transfer.fronts import FrontHandler
+from ..transfer.importer import Importer
+from ..transfer.mover import Mover
+from ..transfer.node import Auditor, Node
+from ..transfer.transports import has_checksums, make_transport
+from .build import build_coordinator, max_context
+from .engine import DecodeEngine
+from .receiver import Receiver
+
+
+def build_node(
+    config: Config, *, node_id: str, bind_host: str, on_fatal: Callable[[BaseException], None]
+) -> Node:
+    """Loads the model, registers host and index pool with the transport, binds the control socket.
+
+    Raises CheckpointError, ConfigError, PeerError or TransferError.
+    """
+    runtime = load_runtime(config)
+    geometry = runtime.geometry
+    clock = MonotonicClock()
+    coordinator = build_coordinator(config, runtime.model.config, geometry, runtime.device)
+    regions = (coordinator.host.region(), coordinator.index.region())
+    transport = make_transport(config.transfer, bind_host)
+    for tensor in (coordinator.host.rows, coordinator.index.data):
+        transport.register(tensor.data_ptr(), tensor.numel())
+    control = ControlLoop(
+        node_id,
+        "decode",
+        time.time_ns(),
+        bind_host=bind_host,
+        layout_hash=geometry.layout_hash,
+        layout_text=geometry.layout_text,
+        data_address=transport.data_address,
+        regions=regions,
+        config=config.transfer,
+        clock=clock,
+        on_fatal=on_fatal,
+    )
+    mover = Mover(transport, config.transfer, control.post, on_fatal=on_fatal)
+    engines: list[Engine] = []
+    step_loop = StepLoop(f"step-{node_id}", engines, on_fatal)
+    importer = Importer(
+        control,
+        mover,
+        regions,
+        config.transfer,
+        has_checksums=has_checksums(config.transfer),
+        post_event=step_loop.post,
+    )
+    decode = DecodeEngine(
+        runtime.model,
+        coordinator,
+        send=control.send,
+        clock=clock,
+        park_after_tokens=config.decode.park_after_tokens,
+    )
+    engines += [Auditor((decode,)), Receiver(importer, decode, geometry), decode]
+    fronts = FrontHandler(
+        step_loop.post,
+        lambda: control.set_load(decode.load()),
+        clock,
+        grace_s=config.transfer.front_grace_s,
+    )
+    mover.start()
+    return Node(
+        control,
+        step_loop,
+        [importer, fronts],
+        (decode,),
+        max_context=max_context(config, runtime.model.config),
+        closers=(mover.stop, transport.close),
+    )

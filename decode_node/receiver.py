@@ -1,0 +1,131 @@
+"""Prompts that arrive over the wire: the importer's events to the decode engine and back.
+
+Runs on the step thread, beside the engine in the step loop; the importer's own state lives on the
+I/O thread. While a lease is open, its pages have a second owner, the remote writer: whatever
+happens to the request, they are free only when the importer says that the lease has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..common.errors import RequestError
+from ..common.layouts import KvGeometry
+from ..common.wire import PageRun
+from ..hostpool.pages import OwnerKind
+from ..transfer.events import (
+    ImportFailed,
+    ImportReady,
+    LeaseEnded,
+    LeaseQuarantined,
+    OfferArrived,
+)
+from ..transfer.importer import Importer
+from .engine import DecodeEngine
+from .sequence import Sequence, SequenceState
+
+RETRY_AFTER_S = 0.05
+"""When a prefill that was deferred asks again."""
+
+
+class Receiver:
+    """The step loop's engine for the importer's events.
+
+    Args:
+        importer: the protocol's side of every lease.
+        engine: who admits and runs the requests.
+        geometry: sizes, for the count of bytes received.
+    """
+
+    def __init__(self, importer: Importer, engine: DecodeEngine, geometry: KvGeometry) -> None:
+        self._importer = importer
+        self._engine = engine
+        self._geometry = geometry
+        self._open: dict[int, Sequence] = {}
+        self.bytes_received = 0
+        engine.on_release = self._released
+        engine.extra_stats = self._stats
+
+    def handle(self, event: object) -> bool:
+        match event:
+            case OfferArrived():
+                self._offered(event)
+            case ImportReady():
+                self._ready(event)
+            case ImportFailed():
+                error = RequestError(
+                    f"the hand-off failed: {event.reason}", status=503, code="handoff_failed"
+                )
+                self._engine.fail(event.key, error, can_retry=True)
+            case LeaseQuarantined():
+                self._engine.coordinator.quarantine(self._open[event.lease_id])
+            case LeaseEnded():
+                self._engine.coordinator.end_remote_lease(self._open.pop(event.lease_id))
+            case _:
+                return False
+        return True
+
+    def step(self) -> bool:
+        return False
+
+    def _offered(self, event: OfferArrived) -> None:
+        offer = event.offer
+        key = (offer.request_id, offer.attempt)
+        try:
+            sequence = self._engine.try_admit(
+                key, offer.front_id, offer.num_prompt_tokens, offer.sampling
+            )
+        except RequestError as error:
+            self._importer.refuse(key, str(error), error.status, error.code)
+            return
+        if sequence is None:
+            self._importer.defer(key, RETRY_AFTER_S)
+            return
+        self._grant(sequence)
+
+    def _grant(self, sequence: Sequence) -> None:
+        """Pages of the prompt are promised and held in the same turn."""
+        num_pages = self._geometry.num_pages(sequence.num_prompt_tokens)
+        for lease in (sequence.host_lease, sequence.index_lease):
+            lease.hold(OwnerKind.REMOTE_WRITER)
+        lease_id = self._importer.grant(
+            sequence.key,
+            first_pages(sequence.host_lease.runs, num_pages),
+            first_pages(sequence.index_lease.runs, num_pages),
+            num_pages,
+        )
+        sequence.lease_id = lease_id
+        sequence.advance(SequenceState.RECEIVING)
+        self._open[lease_id] = sequence
+
+    def _ready(self, event: ImportReady) -> None:
+        sequence = self._engine.find(event.key)
+        if sequence is None:
+            return
+        geometry = self._geometry
+        page_bytes = (
+            geometry.num_layers * geometry.kv_page_bytes
+            + geometry.num_index_layers * geometry.index_page_bytes
+        )
+        self.bytes_received += geometry.num_pages(sequence.num_prompt_tokens) * page_bytes
+        self._engine.make_ready(sequence, event.first_token, event.warm_positions)
+
+    def _released(self, sequence: Sequence) -> None:
+        """A request ended; if its KV is still on its way, prefill is told to stop."""
+        if sequence.lease_id in self._open and not sequence.output:
+            self._importer.cancel(sequence.key, "the request ended on decode")
+
+    def _stats(self) -> dict[str, float]:
+        return {"bytes_received": self.bytes_received, "open_leases": len(self._open)}
+
+
+def first_pages(runs: Iterable[PageRun], num_pages: int) -> tuple[PageRun, ...]:
+    """The first `num_pages` pages of `runs`, as runs."""
+    taken: list[PageRun] = []
+    for run in runs:
+        if num_pages <= 0:
+            break
+        count = min(run.count, num_pages)
+        taken.append(PageRun(run.first, count))
+        num_pages -= count
+    return tuple(taken)

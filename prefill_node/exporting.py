@@ -1,0 +1,87 @@
+"""The hand-off over the wire: the prefill engine's commands to the exporter, its answers back.
+
+Runs on the step thread, beside the engine in the step loop; the exporter's own state lives on the
+I/O thread.
+"""
+
+from __future__ import annotations
+
+from ..common.wire import OutputToken
+from ..transfer.events import (
+    ExportDone,
+    ExportFailed,
+    ExportGranted,
+    ExportRefused,
+    ExportReleased,
+    ExportRequest,
+)
+from ..transfer.exporter import Exporter
+from .engine import PrefillEngine
+from .handoff import HandoffFailed, HandoffGranted, HandoffReleased
+from .job import Job
+
+
+class RemoteHandoff:
+    """Implements handoff.Handoff over an Exporter, and is the step loop's engine for its events."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+        self._engine: PrefillEngine | None = None
+
+    def serve(self, engine: PrefillEngine) -> None:
+        """Tells whom the answers are for; once, before the loop starts."""
+        self._engine = engine
+
+    # handoff.Handoff
+
+    def offer(self, job: Job) -> None:
+        submit = job.submit
+        self._exporter.offer(
+            ExportRequest(
+                request_id=submit.request_id,
+                attempt=submit.attempt,
+                num_prompt_tokens=job.num_tokens,
+                sampling=submit.sampling,
+                front_id=submit.front_id,
+                decode_id=submit.decode_id,
+                decode_address=submit.decode_address,
+            )
+        )
+
+    def pages_ready(self, job: Job, first_page: int, pages: list[int]) -> None:
+        self._exporter.pages_ready(job.key, first_page, pages)
+
+    def commit(
+        self, job: Job, first_token: OutputToken, warm_positions: tuple[tuple[int, ...], ...]
+    ) -> None:
+        self._exporter.commit(job.key, first_token, warm_positions)
+
+    def cancel(self, job: Job, reason: str) -> None:
+        self._exporter.cancel(job.key, reason)
+
+    # common.step_loop.Engine
+
+    def handle(self, event: object) -> bool:
+        engine = self._engine
+        if engine is None:
+            return False
+        match event:
+            case ExportGranted():
+                return engine.handle(HandoffGranted(event.key))
+            case ExportRefused():
+                failed = HandoffFailed(
+                    event.key, event.reason, event.status, event.code, event.status == 503
+                )
+                return engine.handle(failed)
+            case ExportFailed():
+                return engine.handle(
+                    HandoffFailed(event.key, event.reason, 503, "handoff_failed", True)
+                )
+            case ExportReleased():
+                return engine.handle(HandoffReleased(event.key, event.is_quarantined))
+            case ExportDone():
+                return True
+        return False
+
+    def step(self) -> bool:
+        return False

@@ -1,0 +1,78 @@
+"""A prefill node's process: model, device pool, exporter and engine, joined."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..common.clock import MonotonicClock
+from ..common.config import Config
+from ..common.step_loop import Engine, StepLoop
+from ..model.runtime import load_runtime
+from ..transfer.control import ControlLoop
+from ..transfer.exporter import Exporter
+from ..transfer.fronts import FrontHandler
+from ..transfer.mover import Mover
+from ..transfer.node import Auditor, Node
+from ..transfer.transports import has_checksums, make_transport
+from .build import build_engine, build_pool
+from .exporting import RemoteHandoff
+
+
+def build_node(
+    config: Config, *, node_id: str, bind_host: str, on_fatal: Callable[[BaseException], None]
+) -> Node:
+    """Loads the model, registers the device pool with the transport, binds the control socket.
+
+    Raises CheckpointError, ConfigError, PeerError or TransferError.
+    """
+    runtime = load_runtime(config)
+    clock = MonotonicClock()
+    pool = build_pool(config, runtime.geometry, runtime.device)
+    transport = make_transport(config.transfer, bind_host)
+    for tensor in (pool.rows, pool.index):
+        transport.register(tensor.data_ptr(), tensor.numel())
+    control = ControlLoop(
+        node_id,
+        "prefill",
+        time.time_ns(),
+        bind_host=bind_host,
+        layout_hash=runtime.geometry.layout_hash,
+        layout_text=runtime.geometry.layout_text,
+        data_address=transport.data_address,
+        config=config.transfer,
+        clock=clock,
+        on_fatal=on_fatal,
+    )
+    mover = Mover(transport, config.transfer, control.post, on_fatal=on_fatal)
+    engines: list[Engine] = []
+    step_loop = StepLoop(f"step-{node_id}", engines, on_fatal)
+    exporter = Exporter(
+        control,
+        mover,
+        pool.regions(),
+        config.transfer,
+        has_checksums=has_checksums(config.transfer),
+        post_event=step_loop.post,
+    )
+    handoff = RemoteHandoff(exporter)
+    prefill = build_engine(
+        config, runtime.model, runtime.geometry, pool, handoff=handoff, send=control.send
+    )
+    handoff.serve(prefill)
+    engines += [Auditor((prefill,)), handoff, prefill]
+    fronts = FrontHandler(
+        step_loop.post,
+        lambda: control.set_load(prefill.load()),
+        clock,
+        grace_s=config.transfer.front_grace_s,
+    )
+    mover.start()
+    return Node(
+        control,
+        step_loop,
+        [exporter, fronts],
+        (prefill,),
+        max_context=prefill.max_prompt_tokens,
+        closers=(mover.stop, transport.close),
+    )

@@ -1,0 +1,151 @@
+"""One prefill and one decode node in this process, over real ZMQ and a real transport, without Ray.
+
+    with pd_pair(config) as pair:
+        tokens = pair.generate([prompt], max_tokens=32)
+
+The test plays the front: it submits to prefill and gathers what decode sends.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tidepool.common import wire
+from tidepool.common.config import Config
+from tidepool.decode_node.node import build_node as build_decode
+from tidepool.prefill_node.node import build_node as build_prefill
+from tidepool.transfer.control import ControlLoop
+from tidepool.transfer.node import Node
+from tidepool.transfer.session import Peer
+
+HOST = "127.0.0.1"
+TIMEOUT_S = 60.0
+
+
+class FrontStub:
+    """A front's side of the control plane: gathers tokens and ends, and waits for them."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.up: set[str] = set()
+        self.tokens: dict[str, list[int]] = defaultdict(list)
+        self.finishes: dict[str, wire.Finish] = {}
+
+    def on_message(self, peer: Peer, message: wire.Message) -> bool:
+        with self.changed:
+            if isinstance(message, wire.Tokens):
+                output = self.tokens[message.request_id]
+                assert message.first_index == len(output)
+                output.extend(token.token_id for token in message.tokens)
+            elif isinstance(message, wire.Finish):
+                assert message.request_id not in self.finishes, f"{message.request_id} ended twice"
+                self.finishes[message.request_id] = message
+            self.changed.notify_all()
+        return True
+
+    def on_peer_up(self, peer: Peer) -> None:
+        with self.changed:
+            self.up.add(peer.node_id)
+            self.changed.notify_all()
+
+    def on_peer_down(self, peer: Peer, reason: str) -> None:
+        with self.changed:
+            self.up.discard(peer.node_id)
+
+    def on_tick(self, now_s: float) -> None:
+        return
+
+
+class Pair:
+    """The two nodes and the stub front."""
+
+    def __init__(self, prefill: Node, decode: Node, control: ControlLoop, front: FrontStub) -> None:
+        self.prefill = prefill
+        self.decode = decode
+        self.control = control
+        self.front = front
+        self._count = 0
+
+    def submit(self, request_id: str, prompt: list[int], **sampling: Any) -> None:
+        """Greedy unless `sampling` says otherwise."""
+        self.control.send(
+            self.prefill.control.node_id,
+            wire.Submit(
+                request_id=request_id,
+                attempt=0,
+                prompt_token_ids=tuple(prompt),
+                sampling=wire.Sampling(**{"temperature": 0.0, **sampling}),
+                front_id=self.control.node_id,
+                decode_id=self.decode.control.node_id,
+                decode_address=self.decode.control.address,
+            ),
+        )
+
+    def cancel(self, request_id: str) -> None:
+        for node in (self.prefill, self.decode):
+            self.control.send(node.control.node_id, wire.Cancel(request_id, 0, "test"))
+
+    def wait(self, request_ids: list[str], timeout_s: float = TIMEOUT_S) -> None:
+        with self.front.changed:
+            done = self.front.changed.wait_for(
+                lambda: all(request_id in self.front.finishes for request_id in request_ids),
+                timeout_s,
+            )
+        missing = [r for r in request_ids if r not in self.front.finishes]
+        assert done, f"{missing} did not end in {timeout_s} s"
+
+    def generate(self, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
+        ids = []
+        for prompt in prompts:
+            ids.append(f"p{self._count}")
+            self._count += 1
+            self.submit(ids[-1], prompt, **sampling)
+        self.wait(ids)
+        failed = [self.front.finishes[r] for r in ids if self.front.finishes[r].reason == "error"]
+        assert not failed, failed
+        return [self.front.tokens[request_id] for request_id in ids]
+
+    def stats(self) -> dict[str, float]:
+        return {**self.prefill.audit()["stats"], **self.decode.audit()["stats"]}
+
+    def assert_settles_empty(self) -> None:
+        """All pools are as full as at the start, soon."""
+        deadline_s = time.monotonic() + TIMEOUT_S / 4
+        pools = ("device_pages", "host_pages", "index_pages", "seats")
+        while True:
+            stats = self.stats()
+            held = {p: stats[f"{p}_total"] - stats[f"{p}_free"] for p in pools}
+            if not any(held.values()):
+                return
+            assert time.monotonic() < deadline_s, f"still held: {held}"
+            time.sleep(0.02)
+
+
+@contextmanager
+def pd_pair(config: Config) -> Iterator[Pair]:
+    fatal: list[BaseException] = []
+    prefill = build_prefill(config, node_id="prefill-0", bind_host=HOST, on_fatal=fatal.append)
+    decode = build_decode(config, node_id="decode-0", bind_host=HOST, on_fatal=fatal.append)
+    control = ControlLoop(
+        "front-0", "front", time.time_ns(), bind_host=HOST, config=config.transfer
+    )
+    front = FrontStub()
+    try:
+        prefill.start()
+        decode.start()
+        control.start(front)
+        for node in (prefill, decode):
+            control.connect(node.control.node_id, node.control.address)
+        with front.changed:
+            assert front.changed.wait_for(lambda: len(front.up) == 2, TIMEOUT_S / 4)
+        yield Pair(prefill, decode, control, front)
+    finally:
+        control.stop()
+        prefill.stop()
+        decode.stop()
+    assert not fatal, fatal
