@@ -221,7 +221,10 @@ class RunningFront:
 
     def __init__(self, script: Script = output, infos: list[NodeInfo] = PAIR, **sections: Any):
         self.control = FakeControl(script)
-        server = FrontServer(make_config(**sections), ByteTokenizer(), MODEL, self.control)
+        patient = {"stall_s": 10.0, "node_wait_s": 5.0, **sections.pop("front", {})}
+        server = FrontServer(
+            make_config(front=patient, **sections), ByteTokenizer(), MODEL, self.control
+        )
         self.service = server.service
         self._threaded = ThreadedServer(server)
         self._infos = infos

@@ -329,7 +329,7 @@ def test_stopping_ends_running_calls_with_an_error():
 def test_the_loop_answers_while_a_text_is_tokenized():
     class SlowTokenizer(ByteTokenizer):
         def encode(self, text: str) -> list[int]:
-            time.sleep(0.5)
+            time.sleep(1.5)
             return super().encode(text)
 
     control = FakeControl()
@@ -347,7 +347,7 @@ def test_the_loop_answers_while_a_text_is_tokenized():
         time.sleep(0.1)
         begin_s = time.monotonic()
         assert httpx.get(f"{url}/health").status_code == 200
-        assert time.monotonic() - begin_s < 0.3
+        assert time.monotonic() - begin_s < 1.0
         caller.join(5)
     finally:
         threaded.stop()
@@ -384,11 +384,10 @@ def test_a_port_in_use_is_a_config_error():
 
 
 def test_connections_say_they_are_tcp_so_that_asyncio_sets_nodelay():
-    with listen("127.0.0.1", 0) as listener:
-        with socket.create_connection(listener.getsockname()):
-            accepted, _ = listener.accept()
-            with accepted:
-                assert accepted.proto == socket.IPPROTO_TCP
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
 
 
 def test_a_slot_is_released_once():
