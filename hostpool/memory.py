@@ -7,6 +7,7 @@ be closed first. Pools call this at start, on the thread that builds the node.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,21 +22,22 @@ from ..common.errors import ConfigError, KernelError
 POISON_BYTE = 0xFF
 """A run of it is NaN in e4m3, bf16, fp32 and ue8m0: whatever reads freed memory shows it."""
 
-PIN_SLICE_BYTES = 8 << 30
-"""Memory is registered in slices of this size: one call over terabytes takes minutes."""
-
 
 @dataclass(slots=True)
 class HostMemory:
-    """One allocation. `data`: uint8 [num_bytes], page-aligned; `pinned`: its registered slices."""
+    """One allocation. `data`: uint8 [num_bytes], page-aligned.
+
+    Pinned memory is one registration: a cudaMemcpy that crosses from one into the next fails.
+    """
 
     data: Tensor
-    pinned: list[int]
+    is_pinned: bool = False
 
     def close(self) -> None:
-        """Unpins, slice by slice. The bytes live on as long as a tensor refers to them."""
-        while self.pinned:
-            _check_cuda("cudaHostUnregister", _runtime().cudaHostUnregister(self.pinned.pop()))
+        """Unpins; again is nothing. The bytes live on as long as a tensor refers to them."""
+        if self.is_pinned:
+            self.is_pinned = False
+            _check_cuda("cudaHostUnregister", _runtime().cudaHostUnregister(self.data.data_ptr()))
 
 
 def allocate_host(num_bytes: int, *, pin: bool, what: str = "host memory") -> HostMemory:
@@ -52,9 +54,9 @@ def allocate_host(num_bytes: int, *, pin: bool, what: str = "host memory") -> Ho
     if pin and not torch.cuda.is_available():
         raise ConfigError(f"{what} is to be pinned, but there is no CUDA device")
     if num_bytes == 0:
-        return HostMemory(torch.empty(0, dtype=torch.uint8), [])
+        return HostMemory(torch.empty(0, dtype=torch.uint8))
     data = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
-    memory = HostMemory(data, [])
+    memory = HostMemory(data)
     if pin:
         _pin(memory)
     return memory
@@ -64,7 +66,7 @@ def allocate(num_bytes: int, device: torch.device, *, pin: bool, what: str) -> H
     """As allocate_host on "cpu"; on another device plain device memory (uninitialised)."""
     if device.type == "cpu":
         return allocate_host(num_bytes, pin=pin, what=what)
-    return HostMemory(torch.empty(num_bytes, dtype=torch.uint8, device=device), [])
+    return HostMemory(torch.empty(num_bytes, dtype=torch.uint8, device=device))
 
 
 def available_host_bytes() -> int:
@@ -115,16 +117,9 @@ def _limit(path: Path) -> Iterator[int]:
 
 
 def _pin(memory: HostMemory) -> None:
-    runtime = _runtime()
     base, size = memory.data.data_ptr(), memory.data.numel()
-    try:
-        for offset in range(0, size, PIN_SLICE_BYTES):
-            count = min(PIN_SLICE_BYTES, size - offset)
-            _check_cuda("cudaHostRegister", runtime.cudaHostRegister(base + offset, count, 0))
-            memory.pinned.append(base + offset)
-    except KernelError:
-        memory.close()
-        raise
+    _check_cuda("cudaHostRegister", _runtime().cudaHostRegister(base, size, 0))
+    memory.is_pinned = True
 
 
 def _runtime() -> Any:
@@ -134,6 +129,8 @@ def _runtime() -> Any:
 def _check_cuda(call: str, result: object) -> None:
     code = int(result)  # type: ignore[call-overload]
     if code != 0:
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # takes the error that CUDA would report to the next op
         raise KernelError(f"{call} failed: {_runtime().cudaGetErrorString(result)}")
 
 
