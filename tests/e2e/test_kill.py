@@ -1,0 +1,87 @@
+"""kill -9 of a node while requests stream: the rest of the answer comes, and nothing hangs."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+from helpers.clusters import assert_settles_empty, complete, kill, running, token_ids
+
+from tidepool.deploy.cluster import Cluster
+from tidepool.deploy.demo.data import make_prompt
+from tidepool.deploy.demo.run import demo_config
+
+MODEL = "tidepool-demo"
+MAX_GAP_S = 10.0
+
+
+class Stream(threading.Thread):
+    """One streamed completion: its token ids, its end, and the longest silence before it."""
+
+    def __init__(self, cluster: Cluster, prompt: list[int], max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._url = f"{cluster.url}/v1/completions"
+        self._body = {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream": True,
+        }
+        self.tokens: list[int] = []
+        self.error: dict[str, Any] | None = None
+        self.longest_gap_s = 0.0
+        self.started = threading.Event()
+
+    def run(self) -> None:
+        last_s = time.monotonic()
+        with httpx.stream("POST", self._url, json=self._body, timeout=60.0) as response:
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                now_s = time.monotonic()
+                self.longest_gap_s = max(self.longest_gap_s, now_s - last_s)
+                last_s = now_s
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    self.error = event["error"]
+                    return
+                self.tokens += event["choices"][0]["token_ids"] or []
+                self.started.set()
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
+def test_a_killed_node_loses_no_stream(victim: str) -> None:
+    prompt = make_prompt(600, seed=21).token_ids
+    long_prompt = make_prompt(3000, seed=22).token_ids
+    settings = {"cluster.name": f"kill-{victim}", "prefill.chunk_tokens": 128}
+    with running(demo_config(settings)) as cluster:
+        expected = token_ids(
+            complete(cluster, prompt, model=MODEL, max_tokens=400, ignore_eos=True)
+        )
+        streams = [Stream(cluster, prompt, 400) for _ in range(2)]
+        for stream in streams:
+            stream.start()
+        for stream in streams:
+            assert stream.started.wait(30.0)
+        prefilling = Stream(cluster, long_prompt, 4)
+        prefilling.start()
+        time.sleep(0.3)
+        kill(cluster, victim)
+        for stream in (*streams, prefilling):
+            stream.join(60.0)
+            assert not stream.is_alive(), "a stream hangs"
+            assert stream.error is None or stream.error["code"]
+        for stream in streams:
+            assert stream.tokens == expected[: len(stream.tokens)]
+            assert stream.error is not None or len(stream.tokens) == 400
+            assert stream.longest_gap_s < MAX_GAP_S
+        again = token_ids(complete(cluster, prompt, model=MODEL, max_tokens=20, ignore_eos=True))
+        assert again == expected[:20]
+        assert_settles_empty(cluster)
