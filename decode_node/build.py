@@ -11,7 +11,7 @@ from ..common.layouts import KvGeometry
 from ..hostpool.index_pool import IndexPool
 from ..hostpool.pool import MLATokenToKVPoolHost
 from ..hostpool.seats import SeatPool
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, geometry
 from ..model.model import Model
 from .admission import Admission
 from .coordinator import HiSparseCoordinator
@@ -28,8 +28,11 @@ def max_context(config: Config, model: ModelConfig) -> int:
     return min(limits)
 
 
-def check(config: Config, model: ModelConfig) -> None:
-    """Raises ConfigError with every fault that needs the model to see."""
+def check(config: Config, model: ModelConfig, available_bytes: int | None = None) -> None:
+    """Raises ConfigError with every fault that needs the model to see.
+
+    `available_bytes`: memory of the machine the node will run on, if it is this one.
+    """
     decode, faults = config.decode, []
     if decode.hot_rows and decode.hot_rows < model.index_topk:
         faults.append(
@@ -47,22 +50,36 @@ def check(config: Config, model: ModelConfig) -> None:
                 f"decode.{name}: must hold at least one page of {config.kv.page_size} tokens, "
                 f"not {getattr(decode, name)}"
             )
+    try:
+        needed = host_bytes(config, geometry(model, config.kv))
+    except ConfigError as error:
+        faults.append(f"kv: {error}")
+    else:
+        if available_bytes is not None and needed > available_bytes:
+            faults.append(
+                f"decode.host_tokens: the host pool needs {needed} bytes, and this machine or its "
+                f"cgroup has {available_bytes}"
+            )
     if faults:
         raise ConfigError("\n".join(faults))
 
 
+def host_bytes(config: Config, kv: KvGeometry) -> int:
+    """Bytes of the host pool of one decode node."""
+    num_pages = config.decode.host_tokens // kv.page_size
+    return num_pages * kv.num_layers * kv.kv_page_bytes
+
+
 def build_coordinator(
-    config: Config, model: ModelConfig, geometry: KvGeometry, device: torch.device
+    config: Config, model: ModelConfig, kv: KvGeometry, device: torch.device
 ) -> HiSparseCoordinator:
     """Allocates the decode node's pools. Raises ConfigError if they do not fit the machine."""
     check(config, model)
     decode, context = config.decode, max_context(config, model)
-    host = MLATokenToKVPoolHost(
-        geometry, decode.host_tokens // geometry.page_size, pin=device.type == "cuda"
-    )
-    index = IndexPool(geometry, decode.index_tokens // geometry.page_size, device)
+    host = MLATokenToKVPoolHost(kv, decode.host_tokens // kv.page_size, pin=device.type == "cuda")
+    index = IndexPool(kv, decode.index_tokens // kv.page_size, device)
     cache = HotCache(
-        geometry,
+        kv,
         model.index_layer_of,
         num_seats=decode.seats,
         hot_rows=decode.hot_rows or context,
@@ -73,7 +90,7 @@ def build_coordinator(
     admission = Admission(
         host.pages,
         index.pages,
-        page_size=geometry.page_size,
+        page_size=kv.page_size,
         max_context=context,
         max_requests=decode.max_requests,
     )
@@ -85,14 +102,14 @@ def build_coordinator(
 def build_engine(
     config: Config,
     model: Model,
-    geometry: KvGeometry,
+    kv: KvGeometry,
     device: torch.device,
     *,
     send: Send,
     clock: Clock,
 ) -> DecodeEngine:
     """Allocates pools and seats and joins them to an engine."""
-    coordinator = build_coordinator(config, model.config, geometry, device)
+    coordinator = build_coordinator(config, model.config, kv, device)
     return DecodeEngine(
         model,
         coordinator,

@@ -177,12 +177,13 @@ class DecodeEngine:
     def load(self) -> Load:
         """What the front routes by."""
         host = self._coordinator.host.pages
+        num_parked = sum(
+            sequence.state is SequenceState.PARKED for sequence in list(self._scheduler.waiting)
+        )
         return Load(
-            num_queued=len(self._sequences) - len(self._scheduler.running),
+            num_queued=len(self._sequences) - len(self._scheduler.running) - num_parked,
             num_running=len(self._scheduler.running),
-            num_parked=sum(
-                sequence.state is SequenceState.PARKED for sequence in self._scheduler.waiting
-            ),
+            num_parked=num_parked,
             free_pages=host.num_free,
             total_pages=host.num_total,
             quarantined_pages=host.num_quarantined,
@@ -299,7 +300,7 @@ class DecodeEngine:
         else:
             return
         missed = tuple(output[event.next_index :])
-        if missed:
+        if missed or finish is None:  # nothing missed is an answer too: the attempt is alive
             self._send(event.front_id, Tokens(key[0], key[1], event.next_index, missed))
         if finish is not None:
             self._send(event.front_id, finish)

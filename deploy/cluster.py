@@ -15,6 +15,7 @@ from typing import Any
 from ..common.config import Config, Resolved
 from ..common.errors import ConfigError, PeerError
 from ..decode_node.build import check as check_decode
+from ..hostpool.memory import available_host_bytes
 from ..model.runtime import check_model
 
 START_TIMEOUT_S = 180.0
@@ -58,10 +59,13 @@ class Cluster:
             ray.shutdown()
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError or CheckpointError for all that can be seen before anything starts."""
+def check(config: Config, *, is_local: bool) -> None:
+    """Raises ConfigError or CheckpointError for all that can be seen before anything starts.
+
+    `is_local`: the nodes will run on this machine, so its memory counts.
+    """
     model = check_model(config)
-    check_decode(config, model)
+    check_decode(config, model, available_host_bytes() if is_local else None)
 
 
 def start(config: Config, *, address: str | None = None, log_to_driver: bool = True) -> Cluster:
@@ -73,7 +77,7 @@ def start(config: Config, *, address: str | None = None, log_to_driver: bool = T
 
     Raises PeerError if a node does not come up; everything started until then is stopped.
     """
-    check(config)
+    check(config, is_local=address is None)
     cluster = _connect(config, address, log_to_driver)
     try:
         _place_nodes(cluster)

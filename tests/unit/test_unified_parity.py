@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers.engines import UnifiedHarness
 from helpers.tiny_models import (
     INDEX_TOPK,
     KINDS,
     NUM_GREEDY,
+    PROMPT_TOKENS,
     VETTED_SEEDS,
     Kind,
     greedy_reference,
@@ -48,3 +50,23 @@ def test_tokens_do_not_depend_on_page_size_or_chunks(
     (tokens,) = node.generate([prompt(seed)], max_tokens=NUM_GREEDY)
     assert tokens == list(greedy_reference("glm52", seed)[0])
     node.assert_empty()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hot_rows", [0, INDEX_TOPK])
+def test_logprobs_equal_transformers_within_1e_4(
+    kind: Kind, hot_rows: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    seed = VETTED_SEEDS[kind][0]
+    path = session_checkpoint(tmp_path_factory, kind, seed)
+    node = UnifiedHarness(path, **{"decode.hot_rows": hot_rows, "kv.page_size": 4})
+    node.ask("r", prompt(seed), max_tokens=NUM_GREEDY, logprobs=20)
+    node.run()
+    _, logits_TV = greedy_reference(kind, seed)
+    expected_TV = logits_TV[PROMPT_TOKENS - 1 :].log_softmax(-1)
+    for number, token in enumerate(node.tokens["r"]):
+        assert token.logprob is not None
+        ours = torch.tensor(token.logprob.top_logprobs)
+        theirs = expected_TV[number, list(token.logprob.top_ids)]
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        assert set(token.logprob.top_ids) == set(expected_TV[number].topk(20).indices.tolist())
