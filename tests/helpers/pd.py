@@ -34,6 +34,7 @@ class FrontStub:
         self.changed = threading.Condition()
         self.up: set[str] = set()
         self.tokens: dict[str, list[int]] = defaultdict(list)
+        self.logprobs: dict[str, list[wire.TokenLogprob | None]] = defaultdict(list)
         self.finishes: dict[str, wire.Finish] = {}
 
     def on_message(self, peer: Peer, message: wire.Message) -> bool:
@@ -42,6 +43,7 @@ class FrontStub:
                 output = self.tokens[message.request_id]
                 assert message.first_index == len(output)
                 output.extend(token.token_id for token in message.tokens)
+                self.logprobs[message.request_id] += [token.logprob for token in message.tokens]
             elif isinstance(message, wire.Finish):
                 assert message.request_id not in self.finishes, f"{message.request_id} ended twice"
                 self.finishes[message.request_id] = message
