@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import KernelError
-from .registry import INT32, INT64, INTS, Arguments, cpu_op
+from . import cuda_swap_in
+from .registry import INT32, INT64, INTS, Arguments, cpu_op, implement
 
 FAULT_POSITION = 1
 """A position < -1, at or past the sequence's length, past the tables, or older than the ring holds."""
@@ -56,10 +57,11 @@ def resolve(
     """Resolves the top-k of B sequences and updates the tables of their seats.
 
     A position in the ring resolves to its ring row. A resident position is a hit: its slot's
-    last_use becomes the step. Any other is a miss: it takes a victim slot (an empty one, lowest
-    first; else the least recently used, lowest first on ties; never one used in this step), whose
-    old position is forgotten, and is listed in the plan. Misses are listed in the order of their
-    first occurrence in the top-k row; a position that occurs twice resolves to one row and one miss.
+    last_use becomes the step. Any other is a miss: it takes a victim slot, whose old position is
+    forgotten, and is listed in the plan. Victims of a row are as many as its misses: empty slots,
+    lowest first, then the least recently used, lowest first on ties; never one used in this step.
+    They are handed out in ascending order. Misses are listed in the order of their first occurrence
+    in the top-k row; a position that occurs twice resolves to one row and one miss.
 
     Args:
         topk_idx_BK: int32 [B, K], positions; -1 = none, anywhere.
@@ -72,8 +74,8 @@ def resolve(
         last_use_SH: int32 [S, H], step of the last use, below the current one; read and written.
         step_1: int32 [1], the current step; grows from call to call.
         hot_idx_BK: int32 [B, K], device row of each entry, -1 = none or fault; written.
-        miss_host_slot_BK: int64 [B, K], compact, then -1; written.
-        miss_device_row_BK: int64 [B, K], compact, then -1; written.
+        miss_host_slot_BK: int64 [B, K], compact; written, behind num_misses -1 or left alone.
+        miss_device_row_BK: int64 [B, K], compact; written, behind num_misses -1 or left alone.
         num_misses_B: int32 [B]; written.
         fault_B: int32 [B], FAULT_* flags, 0 = none; written. A bad entry gets hot_idx -1 and
             changes no table; the other entries of the row are resolved.
@@ -83,7 +85,47 @@ def resolve(
     A padded row writes -1 and 0 into the outputs and touches no table. Raises KernelError on
     mismatching tensors, a seat past S, or a seat that occurs twice.
     """
-    arguments = Arguments("resolve")
+    tensors = (
+        topk_idx_BK,
+        seq_lens_B,
+        seats_B,
+        page_table_SP,
+        ring_start_S,
+        position_of_slot_SH,
+        slot_of_position_SC,
+        last_use_SH,
+        step_1,
+        hot_idx_BK,
+        miss_host_slot_BK,
+        miss_device_row_BK,
+        num_misses_B,
+        fault_B,
+    )
+    check_resolve("resolve", *tensors, page_size, ring_rows)
+    _op(*tensors, page_size, ring_rows)
+
+
+def check_resolve(
+    op: str,
+    topk_idx_BK: Tensor,
+    seq_lens_B: Tensor,
+    seats_B: Tensor,
+    page_table_SP: Tensor,
+    ring_start_S: Tensor,
+    position_of_slot_SH: Tensor,
+    slot_of_position_SC: Tensor,
+    last_use_SH: Tensor,
+    step_1: Tensor,
+    hot_idx_BK: Tensor,
+    miss_host_slot_BK: Tensor,
+    miss_device_row_BK: Tensor,
+    num_misses_B: Tensor,
+    fault_B: Tensor,
+    page_size: int,
+    ring_rows: int,
+) -> Arguments:
+    """Checks what `resolve` takes, in its order, on behalf of `op`; returns the sizes seen."""
+    arguments = Arguments(op)
     check = arguments.check
     check("topk_idx_BK", topk_idx_BK, INT32, "B", "K")
     check("seq_lens_B", seq_lens_B, INTS, "B")
@@ -101,27 +143,10 @@ def resolve(
     check("fault_B", fault_B, INT32, "B")
     hot_rows = arguments.sizes["H"]
     if slot_of_position_SC.dtype == torch.int16 and hot_rows > 1 << 15:
-        raise KernelError(f"resolve: slot_of_position is int16, expected int32 for {hot_rows} rows")
+        raise KernelError(f"{op}: slot_of_position is int16, expected int32 for {hot_rows} rows")
     if page_size < 1 or ring_rows < 1:
-        raise KernelError(f"resolve: page_size {page_size}, ring_rows {ring_rows}, expected >= 1")
-    _op(
-        topk_idx_BK,
-        seq_lens_B,
-        seats_B,
-        page_table_SP,
-        ring_start_S,
-        position_of_slot_SH,
-        slot_of_position_SC,
-        last_use_SH,
-        step_1,
-        hot_idx_BK,
-        miss_host_slot_BK,
-        miss_device_row_BK,
-        num_misses_B,
-        fault_B,
-        page_size,
-        ring_rows,
-    )
+        raise KernelError(f"{op}: page_size {page_size}, ring_rows {ring_rows}, expected >= 1")
+    return arguments
 
 
 def _resolve(
@@ -183,6 +208,7 @@ _op = cpu_op(
         "fault_B",
     )
 )(_resolve)
+implement("resolve", cuda_swap_in.resolve, "CUDA")
 
 
 class _Seat:
@@ -252,7 +278,7 @@ class _Seat:
         return victims, host_page * page_size + missing % page_size, fault
 
     def _victims(self, count: int) -> np.ndarray:
-        """Up to `count` slots to overwrite: empty ones first, then the least recently used."""
+        """Up to `count` slots to overwrite, ascending: the empty ones, then the least recently used."""
         empty = np.flatnonzero(self.position_of_slot < 0)[:count]
         if empty.size == count:
             return empty
@@ -260,9 +286,8 @@ class _Seat:
         count -= empty.size
         age = self.last_use[free].astype(np.int64) * self.last_use.size + free
         if count < free.size:
-            nearest = np.argpartition(age, count)[:count]
-            free, age = free[nearest], age[nearest]
-        return np.concatenate([empty, free[np.argsort(age)]])
+            free = free[np.argpartition(age, count)[:count]]
+        return np.sort(np.concatenate([empty, free]))
 
 
 def _distinct(positions: np.ndarray) -> np.ndarray:

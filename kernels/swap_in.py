@@ -1,7 +1,8 @@
 """Copies the rows of a miss plan from the host pool into the hot buffers, one layer.
 
-Called once a layer after `resolve`, with the plan of the layer's index group. The CUDA kernel
-behind it is `load_cache_to_device_buffer_kernel`. Bits are moved, never decoded.
+`load_cache_to_device_buffer` is called once a layer after `resolve`, with the plan of the layer's
+index group. `swap_in` does both at once, for the first layer of a group: one launch on CUDA
+(`load_cache_to_device_buffer_kernel`). Bits are moved, never decoded.
 
 Suffixes: B batch rows, K entries of a miss list, N host rows, M device rows, X bytes of a row.
 """
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from ..common.errors import KernelError
-from .registry import BYTES, INT32, INT64, Arguments, cpu_op
+from . import cuda_swap_in
+from .registry import BYTES, INT32, INT64, Arguments, cpu_op, implement
+from .resolve import check_resolve
+from .resolve import resolve as resolve_rows
 from .row_bytes import as_words
 
 
@@ -68,6 +72,110 @@ def _load_cache_to_device_buffer(
 
 
 _op = cpu_op(mutates=("device_rows_MX",))(_load_cache_to_device_buffer)
+implement("load_cache_to_device_buffer", cuda_swap_in.load_cache_to_device_buffer, "CUDA")
+
+
+def swap_in(
+    topk_idx_BK: Tensor,
+    seq_lens_B: Tensor,
+    seats_B: Tensor,
+    page_table_SP: Tensor,
+    ring_start_S: Tensor,
+    position_of_slot_SH: Tensor,
+    slot_of_position_SC: Tensor,
+    last_use_SH: Tensor,
+    step_1: Tensor,
+    hot_idx_BK: Tensor,
+    miss_host_slot_BK: Tensor,
+    miss_device_row_BK: Tensor,
+    num_misses_B: Tensor,
+    fault_B: Tensor,
+    host_rows_NX: Tensor,
+    device_rows_MX: Tensor,
+    page_size: int,
+    ring_rows: int,
+) -> None:
+    """`resolve`, then `load_cache_to_device_buffer` of its plan: arguments of both, in that order.
+
+    The plan is left behind for the other layers of the group; its order within a row is not
+    specified here. On CUDA a host slot past N is a hole.
+    """
+    tensors = (
+        topk_idx_BK,
+        seq_lens_B,
+        seats_B,
+        page_table_SP,
+        ring_start_S,
+        position_of_slot_SH,
+        slot_of_position_SC,
+        last_use_SH,
+        step_1,
+        hot_idx_BK,
+        miss_host_slot_BK,
+        miss_device_row_BK,
+        num_misses_B,
+        fault_B,
+    )
+    arguments = check_resolve("swap_in", *tensors, page_size, ring_rows)
+    arguments.check("host_rows_NX", host_rows_NX, BYTES, None, "X", is_anywhere=True)
+    arguments.check("device_rows_MX", device_rows_MX, BYTES, None, "X")
+    _swap_in_op(*tensors, host_rows_NX, device_rows_MX, page_size, ring_rows)
+
+
+def _swap_in(
+    topk_idx_BK: Tensor,
+    seq_lens_B: Tensor,
+    seats_B: Tensor,
+    page_table_SP: Tensor,
+    ring_start_S: Tensor,
+    position_of_slot_SH: Tensor,
+    slot_of_position_SC: Tensor,
+    last_use_SH: Tensor,
+    step_1: Tensor,
+    hot_idx_BK: Tensor,
+    miss_host_slot_BK: Tensor,
+    miss_device_row_BK: Tensor,
+    num_misses_B: Tensor,
+    fault_B: Tensor,
+    host_rows_NX: Tensor,
+    device_rows_MX: Tensor,
+    page_size: int,
+    ring_rows: int,
+) -> None:
+    plan = miss_host_slot_BK, miss_device_row_BK, num_misses_B
+    resolve_rows(
+        topk_idx_BK,
+        seq_lens_B,
+        seats_B,
+        page_table_SP,
+        ring_start_S,
+        position_of_slot_SH,
+        slot_of_position_SC,
+        last_use_SH,
+        step_1,
+        hot_idx_BK,
+        *plan,
+        fault_B,
+        page_size,
+        ring_rows,
+    )
+    load_cache_to_device_buffer(host_rows_NX, device_rows_MX, *plan)
+
+
+_swap_in_op = cpu_op(
+    mutates=(
+        "position_of_slot_SH",
+        "slot_of_position_SC",
+        "last_use_SH",
+        "hot_idx_BK",
+        "miss_host_slot_BK",
+        "miss_device_row_BK",
+        "num_misses_B",
+        "fault_B",
+        "device_rows_MX",
+    )
+)(_swap_in)
+implement("swap_in", cuda_swap_in.swap_in, "CUDA")
 
 
 def _check(name: str, rows: Tensor, limit: int) -> None:

@@ -61,8 +61,6 @@ struct CopyParams {
     int64_t scale_offset;      // paged rows only
     int32_t scale_bytes;       // paged rows only: 8
     int32_t page_shift;        // paged rows only
-    int32_t is_wide;           // bases and strides are multiples of 16 bytes
-    int32_t reserved;
 };
 
 // A plan to execute: what `resolve` left behind.

@@ -19,30 +19,35 @@ struct SmemLayout {
     static constexpr int kWarpSlots = 32;
     static constexpr int kWarpRows = 16;
 
+    int sort_size;   // a power of two >= K
+    int table_size;  // entries of the hash table
     size_t flags;
     size_t used;
     size_t miss_host;
     size_t scratch;
     size_t victim;
     size_t bytes;
-    int table_size;  // entries of the hash table: a power of two >= 2 K
-    int sort_size;   // a power of two >= K
 
-    __host__ __device__ SmemLayout(int topk, int hot_rows) {
-        sort_size = 1;
-        while (sort_size < topk) {
-            sort_size *= 2;
+    __host__ __device__ constexpr SmemLayout(int topk, int hot_rows)
+        : sort_size(power_of_two(topk)),
+          table_size(2 * sort_size),
+          flags(kWarpRows * kWarpSlots * sizeof(uint32_t)),
+          used(flags + 16),
+          miss_host(align(used + (hot_rows + 31) / 32 * sizeof(uint32_t))),
+          scratch(align(miss_host + topk * sizeof(int32_t))),
+          victim(scratch + (table_size + sort_size) * sizeof(int32_t)),
+          bytes(align(victim + topk * sizeof(uint16_t))) {}
+
+    __host__ __device__ static constexpr int power_of_two(int at_least) {
+        int size = 1;
+        while (size < at_least) {
+            size *= 2;
         }
-        table_size = 2 * sort_size;
-        flags = kWarpRows * kWarpSlots * sizeof(uint32_t);
-        used = flags + 16;
-        miss_host = align(used + (hot_rows + 31) / 32 * sizeof(uint32_t));
-        scratch = align(miss_host + topk * sizeof(int32_t));
-        victim = scratch + (table_size + sort_size) * sizeof(int32_t);
-        bytes = align(victim + topk * sizeof(uint16_t));
+        return size;
     }
-
-    __host__ __device__ static size_t align(size_t offset) { return (offset + 15) / 16 * 16; }
+    __host__ __device__ static constexpr size_t align(size_t offset) {
+        return (offset + 15) / 16 * 16;
+    }
 };
 
 }  // namespace tidepool

@@ -20,6 +20,7 @@ namespace tidepool {
 
 constexpr int kThreads = 512;
 constexpr int kCopyThreads = 512;
+constexpr size_t kMaxSmemBytes = SmemLayout(kMaxTopk, kMaxHotRows).bytes;
 
 // Miss i of a row just resolved.
 struct SharedPlan {
@@ -40,7 +41,7 @@ struct LanePlan {
     }
 };
 
-template <int kSlots>
+template <int kSlots, bool kWide>
 __global__ void __launch_bounds__(kThreads, kSlots <= 8 ? 2 : 1)
     load_cache_to_device_buffer_kernel(const __grid_constant__ ResolveParams p,
                                        const __grid_constant__ CopyParams rows) {
@@ -51,8 +52,8 @@ __global__ void __launch_bounds__(kThreads, kSlots <= 8 ? 2 : 1)
     const int num_misses = resolver.run(rows.num_host_rows);
     const SharedPlan plan = {resolver.miss_host(), resolver.victim(), resolver.first_row};
     // Neighbours in the plan, which are neighbours in memory, go to different ranks at one time.
-    copy_items(rows, plan, resolver.warp * p.num_ranks + rank,
-               kThreads / kWarpSize * p.num_ranks, num_misses, resolver.lane);
+    copy_items<kWide>(rows, plan, resolver.warp * p.num_ranks + rank,
+                      kThreads / kWarpSize * p.num_ranks, num_misses, resolver.lane);
 }
 
 template <int kSlots>
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kThreads, kSlots <= 8 ? 2 : 1)
 
 // Misses of all rows as one flat list, dealt to the warps of the grid one by one: the work is even
 // however the misses are spread over rows, and the grid reads one narrow window at a time.
+template <bool kWide>
 __global__ void __launch_bounds__(kCopyThreads, 2)
     copy_plan_kernel(const __grid_constant__ PlanParams p, const __grid_constant__ CopyParams rows) {
     constexpr int kWarps = kCopyThreads / kWarpSize;
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kCopyThreads, 2)
             plan.device_row = p.miss_device_row[at];
         }
         const int left = (total - base + num_warps - 1) / num_warps;
-        copy_items(rows, plan, 0, 1, min(left, kWarpSize), lane);
+        copy_items<kWide>(rows, plan, 0, 1, min(left, kWarpSize), lane);
     }
 }
 
@@ -152,19 +154,24 @@ cudaError_t with_slots(int hot_rows, const Body& body) {
                                    : cudaErrorInvalidValue;
 }
 
-template <int kSlots>
-cudaError_t prepare_kernels(int max_ranks) {
-    const auto fused = load_cache_to_device_buffer_kernel<kSlots>;
-    const int bytes = static_cast<int>(SmemLayout(kMaxTopk, kMaxHotRows).bytes);
-    cudaError_t error =
-        cudaFuncSetAttribute(fused, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error == cudaSuccess && max_ranks > 8) {
-        error = cudaFuncSetAttribute(fused, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
-    return error != cudaSuccess
+template <class Kernel>
+cudaError_t prepare_kernel(Kernel kernel, bool may_cluster) {
+    static_assert(kMaxSmemBytes <= 48 * 1024, "raise the kernels' dynamic shared memory limit");
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    return error != cudaSuccess || !may_cluster
                ? error
-               : cudaFuncSetAttribute(resolve_kernel<kSlots>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+               : cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+template <int kSlots>
+cudaError_t prepare_slots(bool may_cluster) {
+    cudaError_t error =
+        prepare_kernel(load_cache_to_device_buffer_kernel<kSlots, true>, may_cluster);
+    if (error == cudaSuccess) {
+        error = prepare_kernel(load_cache_to_device_buffer_kernel<kSlots, false>, may_cluster);
+    }
+    return error == cudaSuccess ? prepare_kernel(resolve_kernel<kSlots>, false) : error;
 }
 
 }  // namespace tidepool
@@ -176,13 +183,14 @@ const char* tidepool_error_string(int error) {
 }
 
 // Loads every kernel on the current device, so that a first launch may be inside a graph capture.
-int tidepool_prepare(int max_ranks) {
+// may_cluster: the device has thread block clusters.
+int tidepool_prepare(int may_cluster) {
     using namespace tidepool;
-    cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, copy_plan_kernel);
-    if (error == cudaSuccess) error = prepare_kernels<8>(max_ranks);
-    if (error == cudaSuccess) error = prepare_kernels<16>(max_ranks);
-    if (error == cudaSuccess) error = prepare_kernels<kMaxHotRows / kThreads>(max_ranks);
+    cudaError_t error = prepare_kernel(copy_plan_kernel<true>, false);
+    if (error == cudaSuccess) error = prepare_kernel(copy_plan_kernel<false>, false);
+    if (error == cudaSuccess) error = prepare_slots<8>(may_cluster != 0);
+    if (error == cudaSuccess) error = prepare_slots<16>(may_cluster != 0);
+    if (error == cudaSuccess) error = prepare_slots<kMaxHotRows / kThreads>(may_cluster != 0);
     return error;
 }
 
@@ -200,16 +208,19 @@ int tidepool_swap_in(const tidepool::ResolveParams* p, const tidepool::CopyParam
     using namespace tidepool;
     return with_slots(p->hot_rows, [&](auto slots) {
         const size_t bytes = SmemLayout(p->topk, p->hot_rows).bytes;
-        return launch(load_cache_to_device_buffer_kernel<decltype(slots)::value>,
-                      p->batch * p->num_ranks, kThreads, bytes, p->num_ranks, false, stream, *p,
-                      *rows);
+        constexpr int kSlots = decltype(slots)::value;
+        const auto kernel = can_copy_wide(*rows) ? load_cache_to_device_buffer_kernel<kSlots, true>
+                                                 : load_cache_to_device_buffer_kernel<kSlots, false>;
+        return launch(kernel, p->batch * p->num_ranks, kThreads, bytes, p->num_ranks, false, stream,
+                      *p, *rows);
     });
 }
 
 int tidepool_copy_plan(const tidepool::PlanParams* p, const tidepool::CopyParams* rows,
                        int num_ctas, int is_dependent, cudaStream_t stream) {
     using namespace tidepool;
-    return launch(copy_plan_kernel, num_ctas, kCopyThreads, 0, 1, is_dependent != 0, stream, *p,
+    const auto kernel = can_copy_wide(*rows) ? copy_plan_kernel<true> : copy_plan_kernel<false>;
+    return launch(kernel, num_ctas, kCopyThreads, 0, 1, is_dependent != 0, stream, *p,
                   *rows);
 }
 

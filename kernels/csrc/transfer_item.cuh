@@ -10,6 +10,7 @@ namespace tidepool {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kRowsInFlight = 2;  // rows of a warp whose loads are in flight together
+constexpr int kWordsALane = 3;    // 16-byte words a lane of a row on the fast path
 
 // Host rows are read once and never written while a kernel reads them: keep them out of L1.
 __device__ __forceinline__ uint4 load_once(const uint4* source) {
@@ -112,85 +113,90 @@ __device__ __forceinline__ bool is_in_range(const CopyParams& rows, longlong2 pa
            static_cast<uint64_t>(pair.y) < static_cast<uint64_t>(rows.num_device_rows);
 }
 
-// Copies items first, first + stride, ... below `end`, kRows at a time with all their loads in
-// flight; item i is the pair items(i) = {host row, device row}; a pair out of range is skipped.
-template <int kChunks, int kRows, bool kPaged, class Items>
+// Copies plain rows of up to 96 16-byte words: items first, first + stride, ... below `end`, two at a
+// time with all their loads in flight. Item i is the pair items(i) = {host row, device row}; a pair
+// out of range is skipped.
+template <class Items>
 __device__ __forceinline__ void copy_wide_items(const CopyParams& rows, const Items& items,
                                                 int first, int stride, int end, int lane) {
-    const int num_chunks = static_cast<int>(rows.value_bytes / 16);
-    const bool has_scale = kPaged && lane == kWarpSize - 1;
+    const int num_words = static_cast<int>(rows.value_bytes / 16);
 #pragma unroll 1
-    for (int base = first; base < end; base += kRows * stride) {
-        uint4 chunk[kRows][kChunks];
-        uint2 scale[kRows];
-        int target[kRows];
+    for (int base = first; base < end; base += kRowsInFlight * stride) {
+        uint4 word[kRowsInFlight][kWordsALane];
+        int target[kRowsInFlight];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRowsInFlight; ++r) {
             const int item = base + r * stride;
             const longlong2 pair = item < end ? items(item) : longlong2{-1, -1};
             target[r] = is_in_range(rows, pair) ? static_cast<int>(pair.y) : -1;
             if (target[r] >= 0) {
-                const int64_t at = kPaged ? value_offset(rows, pair.x) : pair.x * rows.value_bytes;
-                const uint4* from = reinterpret_cast<const uint4*>(rows.host + at) + lane;
+                const char* from = rows.host + pair.x * rows.value_bytes;
 #pragma unroll
-                for (int c = 0; c < kChunks; ++c) {
-                    if (lane + c * kWarpSize < num_chunks) {
-                        chunk[r][c] = load_once(from + c * kWarpSize);
+                for (int w = 0; w < kWordsALane; ++w) {
+                    if (lane + w * kWarpSize < num_words) {
+                        word[r][w] =
+                            load_once(reinterpret_cast<const uint4*>(from) + lane + w * kWarpSize);
                     }
-                }
-                if (has_scale) {
-                    scale[r] = *reinterpret_cast<const uint2*>(rows.host +
-                                                               scale_offset(rows, pair.x));
                 }
             }
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRowsInFlight; ++r) {
             if (target[r] >= 0) {
-                const int64_t at =
-                    kPaged ? value_offset(rows, target[r]) : target[r] * rows.value_bytes;
-                uint4* to = reinterpret_cast<uint4*>(rows.device + at) + lane;
+                char* to = rows.device + target[r] * rows.value_bytes;
 #pragma unroll
-                for (int c = 0; c < kChunks; ++c) {
-                    if (lane + c * kWarpSize < num_chunks) {
-                        store(to + c * kWarpSize, chunk[r][c]);
+                for (int w = 0; w < kWordsALane; ++w) {
+                    if (lane + w * kWarpSize < num_words) {
+                        store(reinterpret_cast<uint4*>(to) + lane + w * kWarpSize, word[r][w]);
                     }
-                }
-                if (has_scale) {
-                    *reinterpret_cast<uint2*>(rows.device + scale_offset(rows, target[r])) =
-                        scale[r];
                 }
             }
         }
     }
 }
 
-// Picks the widest way that the rows' size and alignment allow.
-template <class Items>
+// One paged row: value and 8 bytes of scale, the scale in flight first.
+__device__ __forceinline__ void transfer_paged_item_warp(const CopyParams& rows, longlong2 pair,
+                                                         int lane) {
+    const bool has_scale = lane == 0;
+    uint2 scale = {};
+    if (has_scale) {
+        scale = *reinterpret_cast<const uint2*>(rows.host + scale_offset(rows, pair.x));
+    }
+    transfer_item_warp(rows.host + value_offset(rows, pair.x),
+                       rows.device + value_offset(rows, pair.y), rows.value_bytes, lane);
+    if (has_scale) {
+        *reinterpret_cast<uint2*>(rows.device + scale_offset(rows, pair.y)) = scale;
+    }
+}
+
+// Rows that copy_wide_items can take.
+inline bool can_copy_wide(const CopyParams& rows) {
+    const uint64_t bits = reinterpret_cast<uint64_t>(rows.host) |
+                          reinterpret_cast<uint64_t>(rows.device) |
+                          static_cast<uint64_t>(rows.value_bytes);
+    return rows.page_bytes == 0 && bits % 16 == 0 &&
+           rows.value_bytes <= 16 * kWordsALane * kWarpSize;
+}
+
+template <bool kWide, class Items>
 __device__ __forceinline__ void copy_items(const CopyParams& rows, const Items& items, int first,
                                            int stride, int end, int lane) {
-    const int64_t num_chunks = rows.value_bytes / 16;
-    if (rows.is_wide && num_chunks <= 3 * kWarpSize) {
-        if (rows.page_bytes != 0) {
-            copy_wide_items<3, 1, true>(rows, items, first, stride, end, lane);
-        } else if (num_chunks <= 2 * kWarpSize) {
-            copy_wide_items<2, kRowsInFlight + 1, false>(rows, items, first, stride, end, lane);
-        } else {
-            copy_wide_items<3, kRowsInFlight, false>(rows, items, first, stride, end, lane);
-        }
-        return;
-    }
+    if constexpr (kWide) {
+        copy_wide_items(rows, items, first, stride, end, lane);
+    } else {
 #pragma unroll 1
-    for (int item = first; item < end; item += stride) {
-        const longlong2 pair = items(item);
-        if (!is_in_range(rows, pair)) {
-            continue;
-        }
-        transfer_item_warp(rows.host + value_offset(rows, pair.x),
-                           rows.device + value_offset(rows, pair.y), rows.value_bytes, lane);
-        if (rows.page_bytes != 0) {
-            transfer_item_warp(rows.host + scale_offset(rows, pair.x),
-                               rows.device + scale_offset(rows, pair.y), rows.scale_bytes, lane);
+        for (int item = first; item < end; item += stride) {
+            const longlong2 pair = items(item);
+            if (!is_in_range(rows, pair)) {
+                continue;
+            }
+            if (rows.page_bytes != 0) {
+                transfer_paged_item_warp(rows, pair, lane);
+            } else {
+                transfer_item_warp(rows.host + pair.x * rows.value_bytes,
+                                   rows.device + pair.y * rows.value_bytes, rows.value_bytes, lane);
+            }
         }
     }
 }

@@ -140,14 +140,11 @@ class SlowSeat:
                 self.used[self.slots[position]] = step
         holes = {p for p in wanted if p not in self.slots and self.host_slot(p) is None}
         fault |= FAULT_HOLE if holes else 0
+        missing = [p for p in dict.fromkeys(wanted) if p not in self.slots and p not in holes]
+        victims = self.victims(len(missing), step)
+        fault |= FAULT_FULL if len(victims) < len(missing) else 0
         misses = []
-        for position in wanted:
-            if position in self.slots or position in holes:
-                continue
-            victim = self.victim(step)
-            if victim is None:
-                fault |= FAULT_FULL
-                continue
+        for position, victim in zip(missing, victims, strict=False):
             self.slots = {p: s for p, s in self.slots.items() if s != victim}
             self.slots[position] = victim
             self.used[victim] = step
@@ -164,13 +161,11 @@ class SlowSeat:
         page = int(self.tables.page_table[self.seat, position // page_size])
         return page * page_size + position % page_size if page >= 0 else None
 
-    def victim(self, step: int) -> int | None:
+    def victims(self, count: int, step: int) -> list[int]:
         taken = set(self.slots.values())
-        for slot in range(self.tables.hot_rows):
-            if slot not in taken:
-                return slot
+        empty = [slot for slot in range(self.tables.hot_rows) if slot not in taken]
         old = [slot for slot in taken if self.used[slot] != step]
-        return min(old, key=lambda slot: (self.used[slot], slot), default=None)
+        return sorted((empty + sorted(old, key=lambda slot: (self.used[slot], slot)))[:count])
 
 
 @pytest.fixture(autouse=True)
