@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 import xxhash
 
-from ..common.config import TransferSection
-
 Segment = tuple[int, int]
 """(address, bytes)."""
 
@@ -22,8 +20,3 @@ def checksum(segments: Iterable[Segment]) -> int:
     for address, num_bytes in segments:
         state.update((ctypes.c_char * num_bytes).from_address(address))
     return int(state.intdigest())
-
-
-def are_checksums_on(config: TransferSection) -> bool:
-    """Whether pages are hashed and verified: "auto" means over tcp."""
-    return config.checksums == "on" or (config.checksums == "auto" and config.protocol == "tcp")
