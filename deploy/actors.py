@@ -8,6 +8,7 @@ known to be wrong is never served from.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import sys
@@ -76,6 +77,9 @@ class NodeActor:
 class FrontActor:
     """The HTTP front, and the poller that tells it which nodes there are.
 
+    Ray restarts it after a crash; whoever runs the cluster calls `start` again and again, so that a
+    restarted front serves the port of the one before.
+
     Args:
         node_names: names of the node actors, on this Ray.
         namespace: their Ray namespace.
@@ -85,37 +89,61 @@ class FrontActor:
         self, config: Config, front_id: str, node_names: list[str], namespace: str
     ) -> None:
         logging.basicConfig(level=logging.INFO, format=f"[{front_id}] %(levelname)s %(message)s")
+        self._config = config
+        self._front_id = front_id
         self._names = node_names
         self._namespace = namespace
-        self._infos: dict[str, NodeInfo] = {}
-        self._server: FrontServer = build_server(
-            config, node_id=front_id, epoch=time.time_ns(), bind_host=bind_address(config)
-        )
+        self._handles: dict[str, Any] = {}
+        self._server: FrontServer | None = None
+        self._url = ""
         self._poller: asyncio.Task[None] | None = None
 
-    async def start(self) -> str:
-        """Starts serving; returns the URL."""
-        url = await self._server.start()
-        self._poller = asyncio.create_task(self._poll())
-        return url
+    async def start(self, port: int) -> str:
+        """Starts serving at `port` (0: a free one) unless it serves already; returns the URL."""
+        if self._server is None:
+            front = dataclasses.replace(self._config.front, port=port)
+            self._server = build_server(
+                dataclasses.replace(self._config, front=front),
+                node_id=self._front_id,
+                epoch=time.time_ns(),
+                bind_host=bind_address(self._config),
+            )
+            self._url = await self._server.start()
+            self._poller = asyncio.create_task(self._poll(self._server))
+        return self._url
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def stop(self, drain_s: float) -> None:
+        """Drains for up to `drain_s` seconds and stops serving."""
+        if self._server is not None:
+            await self._server.stop(drain_s)
         if self._poller is not None:
             self._poller.cancel()
-        await self._server.stop(drain_s)
 
-    async def _poll(self) -> None:
+    async def _poll(self, server: FrontServer) -> None:
         """Asks every node actor who it is, for ever; a node that does not answer is left out."""
         while True:
             found = await asyncio.gather(*(self._ask(name) for name in self._names))
-            self._server.update_nodes([info for info in found if info is not None])
+            server.update_nodes([info for info in found if info is not None])
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _ask(self, name: str) -> NodeInfo | None:
         try:
-            actor = ray.get_actor(name, namespace=self._namespace)
-            answer: dict[str, Any] = await asyncio.wait_for(actor.info.remote(), POLL_TIMEOUT_S)
+            async with asyncio.timeout(POLL_TIMEOUT_S):
+                handle = await self._handle(name)
+                answer: dict[str, Any] = await handle.info.remote()
             return NodeInfo(**answer)
         except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
             log.debug("%s does not answer: %s", name, error)
             return None
+
+    async def _handle(self, name: str) -> Any:
+        """The actor's handle, which outlives its restarts. Looked up once, off the loop: without
+        Ray's head the look-up blocks."""
+        if name not in self._handles:
+            self._handles[name] = await asyncio.to_thread(
+                ray.get_actor, name, namespace=self._namespace
+            )
+        return self._handles[name]

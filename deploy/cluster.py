@@ -20,6 +20,8 @@ from ..model.runtime import check_model
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
+FRONT_START_TIMEOUT_S = 30.0
+KEEP_INTERVAL_S = 1.0
 LOCAL_OBJECT_STORE_BYTES = 100_000_000
 """Nothing large goes through Ray's object store; its default would take 30 % of the memory."""
 
@@ -40,6 +42,11 @@ class Cluster:
     front: Any = None
     nodes: dict[str, Any] = field(default_factory=dict)
     groups: list[Any] = field(default_factory=list)
+
+    def keep_front(self) -> None:
+        """Makes a front that Ray has restarted serve again, at its old port. Cheap; call often."""
+        port = int(self.url.rsplit(":", 1)[1])
+        _try_get(self.front.start.remote(port), FRONT_START_TIMEOUT_S)
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Drains for up to `drain_s` seconds, then ends the front, the nodes and what we started."""
@@ -108,7 +115,8 @@ def serve(resolved: Resolved, *, address: str | None = None) -> None:
         flush=True,
     )
     try:
-        stopping.wait()
+        while not stopping.wait(KEEP_INTERVAL_S):
+            cluster.keep_front()
         print(
             f"draining for up to {config.front.drain_s:.0f} s (Ctrl-C again: at once)", flush=True
         )
@@ -210,11 +218,16 @@ def _place_front(cluster: Cluster) -> None:
 
     front_id = "front-0"
     actor = ray.remote(FrontActor).options(
-        name=front_id, namespace=cluster.namespace, num_cpus=0, max_concurrency=64
+        name=front_id,
+        namespace=cluster.namespace,
+        num_cpus=0,
+        max_concurrency=64,
+        max_restarts=-1,
     )
     cluster.front = actor.remote(cluster.config, front_id, list(cluster.nodes), cluster.namespace)
     try:
-        cluster.url = ray.get(cluster.front.start.remote(), timeout=START_TIMEOUT_S)
+        port = cluster.config.front.port
+        cluster.url = ray.get(cluster.front.start.remote(port), timeout=START_TIMEOUT_S)
     except ray.exceptions.RayError as error:
         raise PeerError(f"the front could not start: {_first_cause(error)}") from error
 

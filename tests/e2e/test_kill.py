@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from typing import Any
 
 import httpx
 import pytest
-from helpers.clusters import assert_settles_empty, complete, kill, running, token_ids
+import ray
+from helpers.clusters import (
+    assert_settles_empty,
+    complete,
+    is_healthy,
+    kill,
+    running,
+    token_ids,
+    wait_until,
+)
 
 from tidepool.deploy.cluster import Cluster
 from tidepool.deploy.demo.data import make_prompt
@@ -37,9 +48,16 @@ class Stream(threading.Thread):
         self.tokens: list[int] = []
         self.error: dict[str, Any] | None = None
         self.longest_gap_s = 0.0
+        self.failure: Exception | None = None
         self.started = threading.Event()
 
     def run(self) -> None:
+        try:
+            self._read()
+        except httpx.HTTPError as error:
+            self.failure = error
+
+    def _read(self) -> None:
         last_s = time.monotonic()
         with httpx.stream("POST", self._url, json=self._body, timeout=60.0) as response:
             for line in response.iter_lines():
@@ -77,6 +95,7 @@ def test_a_killed_node_loses_no_stream(victim: str) -> None:
         for stream in (*streams, prefilling):
             stream.join(60.0)
             assert not stream.is_alive(), "a stream hangs"
+            assert stream.failure is None, stream.failure
             assert stream.error is None or stream.error["code"]
         for stream in streams:
             assert stream.tokens == expected[: len(stream.tokens)]
@@ -84,4 +103,28 @@ def test_a_killed_node_loses_no_stream(victim: str) -> None:
             assert stream.longest_gap_s < MAX_GAP_S
         again = token_ids(complete(cluster, prompt, model=MODEL, max_tokens=20, ignore_eos=True))
         assert again == expected[:20]
+        assert_settles_empty(cluster)
+
+
+def test_a_killed_front_comes_back_at_its_port_and_nothing_leaks() -> None:
+    prompt = make_prompt(600, seed=23).token_ids
+    with running(demo_config({"cluster.name": "kill-front"})) as cluster:
+        stream = Stream(cluster, prompt, 2000)
+        stream.start()
+        assert stream.started.wait(30.0)
+        url = cluster.url
+        os.kill(ray.get(cluster.front.pid.remote(), timeout=10.0), signal.SIGKILL)
+        stream.join(10.0)
+        assert isinstance(stream.failure, httpx.HTTPError), "the client gets a reset"
+
+        def is_back() -> bool:
+            cluster.keep_front()
+            try:
+                return is_healthy(cluster)
+            except httpx.HTTPError:
+                return False
+
+        wait_until(is_back, 40.0, "the front to be back")
+        assert cluster.url == url
+        assert complete(cluster, prompt, model=MODEL, max_tokens=5, ignore_eos=True)["choices"]
         assert_settles_empty(cluster)
