@@ -322,5 +322,5 @@ def decode(frame: bytes) -> Envelope:
     """Decodes one frame; raises ProtocolError, naming the field, on anything but a known message."""
     try:
         return _DECODER.decode(frame)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"cannot decode a frame of {len(frame)} bytes: {error}") from error
