@@ -27,6 +27,8 @@ from .transport import Channel, Ticket, TicketStatus, Transport, Write
 _LOGGER = logging.getLogger(__name__)
 
 POLL_S = 0.0003
+_SLOW_POLL_S = 0.05
+"""While only a peer that does not answer is waited for."""
 _SLICE_BYTES = 4 * 1024 * 1024
 _MAX_JOBS = 65536
 
@@ -78,7 +80,6 @@ class _Writing:
     """A write job that has begun."""
 
     job: WriteJob
-    opened_s: float
     checksums: list[int] = field(default_factory=list)
     num_submitted: int = 0
     flights: list[_Flight] = field(default_factory=list)
@@ -130,8 +131,8 @@ class Mover:
         self._flying: list[_Writing] = []
         """Wholly submitted, not ended."""
         self._abandoned: list[Ticket] = []
-        self._channels: dict[str, Channel | TransferError | None] = {}
-        """None while it is being opened."""
+        self._channels: dict[str, Channel | TransferError | float] = {}
+        """While it is being opened: since when."""
         self._num_in_flight: dict[str, int] = {}
         self._thread = threading.Thread(target=self._run, name="mover", daemon=True)
         self.bytes_written = 0
@@ -154,7 +155,7 @@ class Mover:
 
     def write(self, job: WriteJob) -> None:
         """Queues a write job; it ends FAILED_DRAINED at once if there are too many."""
-        self._tell(lambda: self._enqueue(job.owner, _Writing(job, self._clock.now())))
+        self._tell(lambda: self._enqueue(job.owner, _Writing(job)))
 
     def verify(self, job: VerifyJob) -> None:
         """Queues a verification."""
@@ -191,9 +192,9 @@ class Mover:
         """Waits for something to do; False to stop."""
         with self._wakeup:
             if not self._inbox and not self._is_stopping and not self._has_work():
-                is_flying = self._flying or self._queues
-                slow_s = 0.1 if self._abandoned else None
-                self._wakeup.wait(POLL_S if is_flying else slow_s)
+                is_idle = not self._queues and not self._abandoned
+                slow_s = None if is_idle else _SLOW_POLL_S
+                self._wakeup.wait(POLL_S if self._num_in_flight else slow_s)
             return not self._is_stopping
 
     def _has_work(self) -> bool:
@@ -206,9 +207,7 @@ class Mover:
         if len(task.checksums) < len(task.job.pages):
             return True
         address = task.job.peer_data_address
-        if address in self._channels and self._channels[address] is None:
-            return False
-        return self._room(address) > 0
+        return self._room(address) > 0 and not isinstance(self._channels.get(address), float)
 
     def _room(self, address: str) -> int:
         return self._config.max_writes_in_flight - self._num_in_flight.get(address, 0)
@@ -231,14 +230,17 @@ class Mover:
                 task.fail(TicketStatus.FAILED_DRAINED, "cancelled")
 
     def _forget(self, address: str) -> None:
-        if self._channels.get(address) is not None:
+        if not isinstance(self._channels.get(address, 0.0), float):
             del self._channels[address]
 
     def _turn(self) -> None:
-        """One slice of work for each owner."""
+        """One slice of work for each owner; who got one waits behind those who did not."""
         for owner in list(self._queues):
             queue = self._queues[owner]
             task = queue[0]
+            if not self._can_go_on(task):
+                continue
+            del self._queues[owner]
             if isinstance(task, _Verifying):
                 is_over = self._hash_and_compare(task)
             else:
@@ -246,8 +248,8 @@ class Mover:
             if is_over:
                 queue.popleft()
                 self._num_jobs -= 1
-                if not queue:
-                    del self._queues[owner]
+            if queue:
+                self._queues[owner] = queue
 
     def _hash_and_compare(self, task: _Verifying) -> bool:
         """Hashes one slice; True once the job has ended."""
@@ -286,10 +288,7 @@ class Mover:
     def _submit(self, task: _Writing) -> None:
         address = task.job.peer_data_address
         channel = self._channel(address)
-        now_s = self._clock.now()
-        if channel is None:
-            if now_s - task.opened_s > self._config.write_timeout_s:
-                task.fail(TicketStatus.FAILED_DRAINED, f"{address} cannot be opened in time")
+        if isinstance(channel, float):
             return
         if isinstance(channel, TransferError):
             del self._channels[address]
@@ -299,15 +298,15 @@ class Mover:
         if count > 0:
             writes = task.job.writes[task.num_submitted : task.num_submitted + count]
             ticket = self._transport.submit(channel, writes)
-            deadline_s = now_s + self._config.write_timeout_s
+            deadline_s = self._clock.now() + self._config.write_timeout_s
             task.flights.append(_Flight(ticket, count, deadline_s))
             task.num_submitted += count
             self._num_in_flight[address] = self._num_in_flight.get(address, 0) + count
             self.bytes_written += sum(write.num_bytes for write in writes)
 
-    def _channel(self, address: str) -> Channel | TransferError | None:
+    def _channel(self, address: str) -> Channel | TransferError | float:
         if address not in self._channels:
-            self._channels[address] = None
+            self._channels[address] = self._clock.now()
             opener = threading.Thread(
                 target=self._open, args=(address,), name=f"mover-open-{address}", daemon=True
             )
@@ -329,6 +328,7 @@ class Mover:
             task = queue[0]
             if isinstance(task, _Writing):
                 self._poll(task)
+                self._check_opening(task)
         for task in list(self._flying):
             self._land_one(task)
         self._abandoned = [
@@ -336,6 +336,14 @@ class Mover:
             for ticket in self._abandoned
             if self._transport.poll(ticket) is TicketStatus.PENDING
         ]
+
+    def _check_opening(self, task: _Writing) -> None:
+        """A peer that cannot be reached in time fails what waits for it; nothing was sent."""
+        address = task.job.peer_data_address
+        since_s = self._channels.get(address)
+        timeout_s = self._config.write_timeout_s
+        if isinstance(since_s, float) and self._clock.now() - since_s > timeout_s:
+            task.fail(TicketStatus.FAILED_DRAINED, f"{address} does not answer for {timeout_s} s")
 
     def _land_one(self, task: _Writing) -> None:
         self._poll(task)
