@@ -159,6 +159,8 @@ class ClusterSection:
     """CPUs Ray reserves for a node."""
     gpus_per_node: float = 0.0
     """GPUs Ray reserves for a node."""
+    pinned: bool = False
+    """True: each node, and the front, runs only where Ray has the custom resource of its id, as in `ray start --resources='{"prefill-0": 1}'`."""
     bind_host: str = "auto"
     """Interface the nodes' sockets listen on; auto: the address Ray knows the machine by."""
 

@@ -19,13 +19,10 @@ import ray
 
 from ..common.config import Config
 from ..transfer.node import Node
-from .front.nodes import NodeInfo
 from .front.server import FrontServer, build_server
+from .membership import MembershipPoller
 
-POLL_INTERVAL_S = 0.5
-POLL_TIMEOUT_S = 2.0
-
-log = logging.getLogger(__name__)
+LOG_FORMAT = "%(asctime)s [{}] %(levelname)s %(message)s"
 
 
 def _end_process(error: BaseException) -> None:
@@ -56,7 +53,7 @@ class NodeActor:
     """One node. Methods run on the actor's threads; the node has its own."""
 
     def __init__(self, role: str, config: Config, node_id: str) -> None:
-        logging.basicConfig(level=logging.INFO, format=f"[{node_id}] %(levelname)s %(message)s")
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT.format(node_id))
         self._node = _build(role, config, node_id, bind_address(config))
         self._node.start()
 
@@ -88,12 +85,11 @@ class FrontActor:
     def __init__(
         self, config: Config, front_id: str, node_names: list[str], namespace: str
     ) -> None:
-        logging.basicConfig(level=logging.INFO, format=f"[{front_id}] %(levelname)s %(message)s")
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT.format(front_id))
         self._config = config
         self._front_id = front_id
         self._names = node_names
         self._namespace = namespace
-        self._handles: dict[str, Any] = {}
         self._server: FrontServer | None = None
         self._url = ""
         self._poller: asyncio.Task[None] | None = None
@@ -109,7 +105,8 @@ class FrontActor:
                 bind_host=bind_address(self._config),
             )
             self._url = await self._server.start()
-            self._poller = asyncio.create_task(self._poll(self._server))
+            poller = MembershipPoller(self._names, self._handle, self._server.update_nodes)
+            self._poller = asyncio.create_task(poller.run())
         return self._url
 
     async def pid(self) -> int:
@@ -122,28 +119,6 @@ class FrontActor:
         if self._poller is not None:
             self._poller.cancel()
 
-    async def _poll(self, server: FrontServer) -> None:
-        """Asks every node actor who it is, for ever; a node that does not answer is left out."""
-        while True:
-            found = await asyncio.gather(*(self._ask(name) for name in self._names))
-            server.update_nodes([info for info in found if info is not None])
-            await asyncio.sleep(POLL_INTERVAL_S)
-
-    async def _ask(self, name: str) -> NodeInfo | None:
-        try:
-            async with asyncio.timeout(POLL_TIMEOUT_S):
-                handle = await self._handle(name)
-                answer: dict[str, Any] = await handle.info.remote()
-            return NodeInfo(**answer)
-        except (ValueError, TimeoutError, ray.exceptions.RayError) as error:
-            log.debug("%s does not answer: %s", name, error)
-            return None
-
     async def _handle(self, name: str) -> Any:
-        """The actor's handle, which outlives its restarts. Looked up once, off the loop: without
-        Ray's head the look-up blocks."""
-        if name not in self._handles:
-            self._handles[name] = await asyncio.to_thread(
-                ray.get_actor, name, namespace=self._namespace
-            )
-        return self._handles[name]
+        """A node actor's handle. Off the loop: without Ray's head the look-up blocks."""
+        return await asyncio.to_thread(ray.get_actor, name, namespace=self._namespace)

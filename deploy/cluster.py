@@ -17,11 +17,14 @@ from ..common.errors import ConfigError, PeerError
 from ..decode_node.build import check as check_decode
 from ..hostpool.memory import available_host_bytes
 from ..model.runtime import check_model
+from .ray_environment import RAY_ENVIRONMENT
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 FRONT_START_TIMEOUT_S = 30.0
 KEEP_INTERVAL_S = 1.0
+PIN_AMOUNT = 0.001
+"""What a pinned node takes of its machine's custom resource."""
 LOCAL_OBJECT_STORE_BYTES = 100_000_000
 """Nothing large goes through Ray's object store; its default would take 30 % of the memory."""
 
@@ -132,7 +135,8 @@ def serve(resolved: Resolved, *, address: str | None = None) -> None:
 
 
 def _connect(config: Config, address: str | None, log_to_driver: bool) -> Cluster:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray  # noqa: PLC0415
 
     namespace = f"tidepool-{config.cluster.name}"
@@ -169,10 +173,11 @@ def _place_nodes(cluster: Cluster) -> None:
     from .actors import NodeActor  # noqa: PLC0415
 
     section = cluster.config.cluster
-    bundle = {"CPU": section.cpus_per_node, "GPU": section.gpus_per_node}
-    bundle = {name: amount for name, amount in bundle.items() if amount}
     for node_id, role in _roles(cluster.config):
-        options: dict[str, Any] = {"num_cpus": section.cpus_per_node}
+        pin = _pin(cluster.config, node_id)
+        bundle = {"CPU": section.cpus_per_node, "GPU": section.gpus_per_node, **pin}
+        bundle = {name: amount for name, amount in bundle.items() if amount}
+        options: dict[str, Any] = {"num_cpus": section.cpus_per_node, "resources": pin}
         if bundle:
             group = ray.util.placement_group([bundle], strategy="STRICT_PACK")
             cluster.groups.append(group)
@@ -190,6 +195,11 @@ def _place_nodes(cluster: Cluster) -> None:
     _wait_for_nodes(cluster)
 
 
+def _pin(config: Config, node_id: str) -> dict[str, float]:
+    """The custom resource that ties a node or front to its machine; nothing unless pinned."""
+    return {node_id: PIN_AMOUNT} if config.cluster.pinned else {}
+
+
 def _wait_for_nodes(cluster: Cluster) -> None:
     import ray  # noqa: PLC0415
 
@@ -202,7 +212,8 @@ def _wait_for_nodes(cluster: Cluster) -> None:
             raise PeerError(
                 f"{names} did not start in {START_TIMEOUT_S:.0f} s; does the Ray cluster have "
                 f"{cluster.config.cluster.cpus_per_node} CPUs and "
-                f"{cluster.config.cluster.gpus_per_node} GPUs for each node?"
+                f"{cluster.config.cluster.gpus_per_node} GPUs for each node"
+                + (", and the custom resource of its id?" if cluster.config.cluster.pinned else "?")
             )
         node_id = pending.pop(ready[0])
         try:
@@ -221,6 +232,7 @@ def _place_front(cluster: Cluster) -> None:
         name=front_id,
         namespace=cluster.namespace,
         num_cpus=0,
+        resources=_pin(cluster.config, front_id),
         max_concurrency=64,
         max_restarts=-1,
     )

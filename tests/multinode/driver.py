@@ -1,0 +1,71 @@
+"""Runs on a host: starts a cluster on the hosts' Ray, then answers one JSON line for each on stdin.
+
+    {"op": "audit"}                          -> {"decode-0": {...stats}, "prefill-0": {"error": ...}}
+    {"op": "info"}                           -> {"decode-0": {...info}, ...}
+    {"op": "alive"}                          -> {"nodes": number of machines Ray believes in}
+    {"op": "stop"}                           -> {"stopped": true}, and the process ends
+
+Started by ray_cluster.RayCluster; its first line tells the front's URL. Every call has a bound, so a
+node that cannot be reached costs CALL_TIMEOUT_S and is reported as an error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+import ray
+
+from tidepool.common.config import parse
+from tidepool.deploy.cluster import Cluster, start
+
+CALL_TIMEOUT_S = 15.0
+KEEP_INTERVAL_S = 1.0
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    cluster = start(parse(settings), address=sys.argv[2], log_to_driver=False)
+    say({"url": cluster.url})
+    threading.Thread(target=keep_front, args=(cluster,), daemon=True).start()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["op"] == "stop":
+            cluster.stop()
+            say({"stopped": True})
+            return
+        say(answer(cluster, request["op"]))
+
+
+def keep_front(cluster: Cluster) -> None:
+    while True:
+        time.sleep(KEEP_INTERVAL_S)
+        cluster.keep_front()
+
+
+def answer(cluster: Cluster, operation: str) -> dict[str, Any]:
+    if operation == "alive":
+        return {"nodes": sum(node["Alive"] for node in ray.nodes())}
+    if operation == "front":
+        return {"pid": _get(cluster.front.pid.remote())}
+    method = {"audit": "audit", "info": "info"}[operation]
+    calls = {node_id: getattr(actor, method).remote() for node_id, actor in cluster.nodes.items()}
+    return {node_id: _get(call) for node_id, call in calls.items()}
+
+
+def _get(call: Any) -> Any:
+    try:
+        return ray.get(call, timeout=CALL_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main()
