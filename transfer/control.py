@@ -57,6 +57,8 @@ class _Link:
     due_s: float = 0.0
     """Without a socket: when to try again. Before the hello is answered: when to give up."""
     backoff_s: float = _FIRST_RETRY_S
+    epoch: int = 0
+    """Of whoever answered last at this address; 0: nobody yet."""
 
 
 @dataclass(slots=True, eq=False)
@@ -210,7 +212,10 @@ class ControlLoop:
         self._load = load
 
     def fence(self, node_id: str, epoch: int) -> None:
-        """That incarnation and all before it are dead: their sessions end and cannot come back."""
+        """That incarnation and all before it are dead: their sessions end and cannot come back.
+
+        Its address is tried no more; connect again when the node is back.
+        """
         self.post(lambda: self._fence(node_id, epoch))
 
     def refusal(self, node_id: str) -> str | None:
@@ -432,6 +437,7 @@ class ControlLoop:
             self._retry_later(link)
             return
         link.backoff_s = _FIRST_RETRY_S
+        link.epoch = hello.epoch
         self._begin(hello, identity_of(hello.node_id, hello.epoch), link)
 
     # ---- the ROUTER: the sessions that others open ----
@@ -505,6 +511,7 @@ class ControlLoop:
         if link is None:
             self._by_identity[identity] = session
             self._transmit(session, self.hello)
+        _LOGGER.info("%s is up (epoch %d)", peer.node_id, peer.epoch)
         self._guard(lambda: self._handled().on_peer_up(peer))
 
     def _end(self, session: _Session, reason: str, *, tell: bool = True) -> None:
@@ -517,6 +524,7 @@ class ControlLoop:
         self._by_identity.pop(session.identity, None)
         if session.link is not None:
             self._retry_later(session.link)
+        _LOGGER.info("%s is down (epoch %d): %s", node_id, session.peer.epoch, reason)
         self._guard(lambda: self._handled().on_peer_down(session.peer, reason))
 
     def _end_doomed(self) -> None:
@@ -525,9 +533,12 @@ class ControlLoop:
 
     def _fence(self, node_id: str, epoch: int) -> None:
         self._oldest_epoch[node_id] = max(epoch + 1, self._oldest_epoch.get(node_id, 0))
-        session = self._sessions.get(node_id)
-        if session is not None and session.peer.epoch <= epoch:
-            self._end(session, f"epoch {epoch} of {node_id} is fenced")
+        reason = f"epoch {epoch} of {node_id} is fenced"
+        session, link = self._sessions.get(node_id), self._links.get(node_id)
+        if link is not None and 0 < link.epoch <= epoch:
+            self._disconnect(node_id, reason)
+        elif session is not None and session.peer.epoch <= epoch:
+            self._end(session, reason)
 
     def _on_envelope(self, session: _Session, envelope: wire.Envelope) -> None:
         peer, body = session.peer, envelope.body

@@ -332,6 +332,17 @@ def test_a_fence_ends_the_session_and_keeps_that_epoch_out(
         body = answer(dealer)
 
 
+def test_a_fenced_node_is_tried_no_more_until_connect_names_it_again(nodes: Nodes) -> None:
+    p, p_log, d, _ = meet(nodes)
+    p.fence("d", 1)
+    wait_for(lambda: p_log.of("down"))
+    wait_for(lambda: "d" not in p._links)
+    d.stop()
+    again, _ = nodes.start("d", epoch=2)
+    p.connect("d", again.address)
+    wait_for(lambda: p_log.of("up") == [1, 2])
+
+
 def test_only_a_front_may_fence(nodes: Nodes) -> None:
     p, _, d, d_log = meet(nodes)
     p.send("d", wire.Fence(node_id="p", epoch=7))
