@@ -227,8 +227,9 @@ class Outbound:
         self._write_waiting()
 
     def _on_defer(self, defer: wire.Defer) -> None:
-        wait_s = defer.retry_after_s if 0 < defer.retry_after_s < 3600 else 0.0
-        self._next_send_s = self.clock.now() + max(wait_s, self.config.resend_interval_s)
+        is_sane = 0 <= defer.retry_after_s <= self.config.deadline_s
+        wait_s = defer.retry_after_s if is_sane else self.config.resend_interval_s
+        self._next_send_s = self.clock.now() + wait_s
 
     def _on_refuse(self, refuse: wire.Refuse) -> None:
         self._end(ExportRefused(self.request.key, refuse.reason, refuse.status, refuse.code))

@@ -84,6 +84,22 @@ def test_no_timer_of_decode_ends_a_lease() -> None:
     assert machine.state is InboundState.FAILED
 
 
+@pytest.mark.parametrize(
+    "retry_after_s, wait_s",
+    [(0.05, 0.05), (7.0, 7.0), (-1.0, 1.0), (float("nan"), 1.0), (float("inf"), 1.0), (1e9, 1.0)],
+)
+def test_a_deferred_offer_is_made_again_after_the_time_named_if_it_makes_sense(
+    retry_after_s: float, wait_s: float
+) -> None:
+    machine = make_outbound()
+    machine.advance(outbound.PeerUp())
+    machine.advance(wire.Defer("r", 0, retry_after_s))
+    machine.clock.advance(wait_s - 0.01)  # type: ignore[attr-defined]
+    assert not machine.advance(outbound.Tick())
+    machine.clock.advance(0.02)  # type: ignore[attr-defined]
+    assert [type(each) for each in machine.advance(outbound.Tick())] == [outbound.Send]
+
+
 def test_pages_out_of_order_are_our_own_fault() -> None:
     machine = make_outbound()
     machine.advance(outbound.PagesReady(0, (1,)))
