@@ -15,12 +15,19 @@ from ..common.errors import RequestError, TidepoolError
 from ..common.layouts import KvGeometry
 from ..common.wire import Cancel, Finish, Load, Submit
 from ..hostpool.device_pool import DevicePool
-from ..hostpool.pages import OwnerKind
+from ..hostpool.pages import OwnerKind, PageLease
 from ..model.model import Model
 from ..model.output import OutputRow, choose_tokens, no_token_error
 from ..transfer.fronts import FrontGone
 from .context import PrefillContext, Segment
-from .handoff import Handoff, HandoffFailed, HandoffGranted, HandoffReleased, Send
+from .handoff import (
+    Handoff,
+    HandoffFailed,
+    HandoffGranted,
+    HandoffReleased,
+    HandoffUnquarantined,
+    Send,
+)
 from .job import Job, JobState, RequestKey
 from .scheduler import PrefillScheduler
 
@@ -57,6 +64,7 @@ class PrefillEngine:
         self._send = send
         self._max_queued = max_queued
         self._jobs: dict[RequestKey, Job] = {}
+        self._quarantined: dict[RequestKey, PageLease] = {}
         self.num_tokens = 0
         self.num_steps = 0
         self.num_failed = 0
@@ -81,6 +89,8 @@ class PrefillEngine:
                 self._failed(event)
             case HandoffReleased():
                 self._released(event)
+            case HandoffUnquarantined():
+                self._quarantined.pop(event.key).release(OwnerKind.REMOTE_WRITER)
             case _:
                 return False
         return True
@@ -117,6 +127,7 @@ class PrefillEngine:
         return {
             "device_pages_total": self._pool.pages.num_total,
             "device_pages_free": self._pool.pages.num_free,
+            "device_pages_quarantined": self._pool.pages.num_quarantined,
             "prefill_queued": len(self._scheduler.queue),
             "prefill_active": len(self._scheduler.active),
             "prefill_tokens": self.num_tokens,
@@ -198,6 +209,7 @@ class PrefillEngine:
         if event.is_quarantined and job.lease is not None:
             job.lease.hold(OwnerKind.REMOTE_WRITER)
             job.lease.quarantine()
+            self._quarantined[job.key] = job.lease
         self._forget(job)
 
     def _forget(self, job: Job) -> None:

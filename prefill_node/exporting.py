@@ -14,10 +14,11 @@ from ..transfer.events import (
     ExportRefused,
     ExportReleased,
     ExportRequest,
+    ExportUnquarantined,
 )
 from ..transfer.exporter import Exporter
 from .engine import PrefillEngine
-from .handoff import HandoffFailed, HandoffGranted, HandoffReleased
+from .handoff import HandoffFailed, HandoffGranted, HandoffReleased, HandoffUnquarantined
 from .job import Job
 
 
@@ -79,6 +80,8 @@ class RemoteHandoff:
                 )
             case ExportReleased():
                 return engine.handle(HandoffReleased(event.key, event.is_quarantined))
+            case ExportUnquarantined():
+                return engine.handle(HandoffUnquarantined(event.key))
             case ExportDone():
                 return True
         return False

@@ -48,13 +48,21 @@ class HandoffFailed:
 
 @dataclass(frozen=True, slots=True)
 class HandoffReleased:
-    """Last and exactly once for each offer: the source pages may be used again.
+    """Exactly once for each offer, at its end: the source pages may be used again.
 
-    `is_quarantined`: a late write may still read them, so they stay out of use.
+    `is_quarantined`: a late write may still read them, so they stay out of use until
+    HandoffUnquarantined.
     """
 
     key: RequestKey
     is_quarantined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffUnquarantined:
+    """Whoever a late write was meant for is dead: the source pages may be used again."""
+
+    key: RequestKey
 
 
 class Send(Protocol):

@@ -62,13 +62,21 @@ class ExportDone:
 
 @dataclass(frozen=True, slots=True)
 class ExportReleased:
-    """Always last, exactly once: the source pages may be reused.
+    """Exactly once, after Refused, Failed or Done: the source pages may be reused.
 
-    If `is_quarantined`, a late write may still read them: keep them out of use.
+    If `is_quarantined`, a late write may still read them: keep them out of use, until
+    ExportUnquarantined.
     """
 
     key: Key
     is_quarantined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExportUnquarantined:
+    """The decode process a late write was meant for is dead: its source pages may be reused."""
+
+    key: Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,5 +120,7 @@ class LeaseEnded:
     lease_id: int
 
 
-ExportEvent = ExportGranted | ExportRefused | ExportFailed | ExportDone | ExportReleased
+ExportEvent = (
+    ExportGranted | ExportRefused | ExportFailed | ExportDone | ExportReleased | ExportUnquarantined
+)
 ImportEvent = OfferArrived | ImportReady | ImportFailed | LeaseQuarantined | LeaseEnded

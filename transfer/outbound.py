@@ -37,6 +37,7 @@ from .events import (
     ExportRefused,
     ExportReleased,
     ExportRequest,
+    ExportUnquarantined,
 )
 from .mover import WriteResult
 from .transport import TicketStatus
@@ -403,6 +404,11 @@ class Outbound:
     def _close(self, event: Event) -> None:
         self.state = OutboundState.CLOSED
 
+    def _on_quarantine_over(self, event: PeerReplaced) -> None:
+        """Whatever is still on its way is meant for a process that is dead."""
+        self.state = OutboundState.CLOSED
+        self._post(ExportUnquarantined(self.request.key))
+
     def _on_cancel_heard(self, event: wire.Cancel) -> None:
         self._is_cancel_heard = True
 
@@ -488,7 +494,7 @@ class Outbound:
         self._next_send_s = self.clock.now() + self.config.resend_interval_s
         if not self._has_released:
             self._has_released = True
-            self._post(ExportReleased(self.request.key, self.has_unknown))
+            self._post(ExportReleased(self.request.key, state is OutboundState.QUARANTINED))
 
     def _ignore(self, event: Event) -> None:
         """A duplicate, or an answer that no longer matters."""
@@ -522,7 +528,8 @@ def _transitions() -> dict[tuple[OutboundState, type], Callable[[Outbound, objec
     on(PeerReplaced, ignore, offered)
     on(PeerReplaced, Outbound._on_replaced, *leased)
     on(PeerReplaced, Outbound._on_replaced_late, cancelled)
-    on(PeerReplaced, Outbound._close, drained, quarantined)
+    on(PeerReplaced, Outbound._close, drained)
+    on(PeerReplaced, Outbound._on_quarantine_over, quarantined)
     on(wire.Grant, Outbound._on_grant, offered)
     on(wire.Grant, ignore, *leased, cancelled, quarantined)
     on(wire.Grant, Outbound._resend_drained, drained)

@@ -4,8 +4,8 @@ Two sources meet here. The membership poller (Ray) calls `update` with every nod
 control plane tells which sessions are up and passes on each node's load. A node takes requests
 when both agree on its epoch. Everything runs on the front's asyncio loop.
 
-A node that is restarted shows a newer epoch: the attempts of the old one are lost, and every node
-that may hold leases of the old one is told by `Fence`, again whenever its session comes up. A node
+A node that is restarted shows a newer epoch: the attempts of the old one are lost, and every other
+node, which may hold pages for the old one, is told by `Fence`, again whenever its session comes up. A node
 that the poller no longer lists gets no new requests; its session stays while requests run on it.
 """
 
@@ -185,7 +185,7 @@ class NodeDirectory:
                 self._fence(node, node_id, epoch)
 
     def _fence(self, target: Node, node_id: str, epoch: int) -> None:
-        if target.info.node_id != node_id and target.info.role != "prefill":
+        if target.info.node_id != node_id:
             self._control.send(target.info.node_id, wire.Fence(node_id, epoch))
 
     def _forget_if_unused(self, node: Node) -> None:

@@ -352,6 +352,12 @@ class World:
         job = self.jobs[event.key]
         log: list[str] = job["log"]
         kind = type(event).__name__
+        if isinstance(event, events.ExportUnquarantined):
+            pages = set(job["pages"])
+            assert pages <= self.quarantined_source, "not quarantined"
+            self.quarantined_source -= pages
+            self.free_source |= pages
+            return
         assert "ExportReleased" not in log, f"{kind} after ExportReleased"
         ends = ("ExportRefused", "ExportFailed", "ExportDone")
         assert not (kind in ends and set(log) & set(ends)), f"{kind} after {log}"

@@ -107,9 +107,10 @@ def test_a_newer_epoch_loses_the_old_one_and_fences_it(directory, control, lost)
     assert lost == [("prefill-1", 1)]
     assert control.connected["prefill-1"] == "tcp://fake/new"
     assert control.fenced == [("prefill-1", 1)]
-    assert sorted(target for target, _ in control.messages(wire.Fence)) == ["decode-0", "decode-1"]
+    others = ["decode-0", "decode-1", "prefill-0"]
+    assert sorted(target for target, _ in control.messages(wire.Fence)) == others
     directory.peer_up("decode-0", 1)
-    assert len(control.messages(wire.Fence)) == 3
+    assert len(control.messages(wire.Fence)) == 4
     assert not directory.get("prefill-1").is_up
     directory.peer_up("prefill-1", 1)
     assert not directory.get("prefill-1").is_up
