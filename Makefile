@@ -12,8 +12,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt scripts/system-libraries
-	scripts/system-libraries
+$(STAMP): pyproject.toml constraints.txt scripts/system-packages
+	scripts/system-packages $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev]'
 	@touch $@
