@@ -1,4 +1,4 @@
-# make demo | test | lint | test-gpu | clean. Everything installs itself into .venv.
+# make demo | test | test-multinode | lint | test-gpu | clean. Everything installs itself into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-$(EXTRA)
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test lint format test-gpu clean
+.PHONY: setup demo test test-multinode lint format test-gpu clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Hosts are network namespaces: needs root, iproute2, util-linux and nftables; under 15 minutes.
+test-multinode: setup
+	scripts/multinode-tools
+	$(BIN)/python -m pytest -m multinode tests/multinode
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -25,6 +25,7 @@ class Bounds:
         gap_s: time in which missing tokens must arrive.
         probe_s: silence after which decode is asked to repeat what may have been lost.
         resend_interval_s: pause between two questions for missing tokens.
+        reconnect_s: time a decode node whose session broke has to come back with its requests.
     """
 
     max_attempts: int
@@ -35,6 +36,7 @@ class Bounds:
     gap_s: float
     probe_s: float
     resend_interval_s: float
+    reconnect_s: float
 
     @classmethod
     def of(cls, config: Config) -> Bounds:
@@ -48,6 +50,7 @@ class Bounds:
             gap_s=6 * transfer.resend_interval_s,
             probe_s=4 * transfer.resend_interval_s,
             resend_interval_s=transfer.resend_interval_s,
+            reconnect_s=transfer.heartbeat_timeout_s / 2,
         )
 
 
@@ -62,6 +65,7 @@ class Attempt:
         token_s: when the last new token came.
         finish: the end decode told, perhaps ahead of the last tokens.
         gap_since_s: since when tokens are known to be missing; None if none are.
+        cut_since_s: since when there is no session with decode; None while there is one.
     """
 
     number: int
@@ -71,6 +75,7 @@ class Attempt:
     next_index: int = 0
     finish: wire.Finish | None = None
     gap_since_s: float | None = None
+    cut_since_s: float | None = None
     asked_s: float = float("-inf")
 
     @property
@@ -113,7 +118,9 @@ class Attempt:
         return now_s - max(self.heard_s, self.asked_s) >= bounds.probe_s
 
     def fault(self, bounds: Bounds, now_s: float) -> str | None:
-        """Returns which bound is broken: "gap", "stall", or None."""
+        """Returns which bound is broken: "cut", "gap", "stall", or None."""
+        if self.cut_since_s is not None and now_s - self.cut_since_s > bounds.reconnect_s:
+            return "cut"
         if self.gap_since_s is not None and now_s - self.gap_since_s > bounds.gap_s:
             return "gap"
         silence = bounds.stall_s if self.next_index else bounds.first_token_s

@@ -29,7 +29,7 @@ class Dispatcher:
     """All live requests of this front and the nodes they run on."""
 
     def __init__(self, control: Control, clock: Clock, metrics: FrontMetrics) -> None:
-        self.nodes = NodeDirectory(control, self._on_lost)
+        self.nodes = NodeDirectory(control, self._on_lost, self._on_cut)
         self._control = control
         self._clock = clock
         self._metrics = metrics
@@ -83,6 +83,7 @@ class Dispatcher:
 
     def on_peer_up(self, peer: Peer) -> None:
         self.nodes.peer_up(peer.node_id, peer.epoch)
+        self._on_back(peer.node_id, peer.epoch)
         self._route_waiting()
 
     def on_peer_down(self, peer: Peer, reason: str) -> None:
@@ -116,10 +117,20 @@ class Dispatcher:
         return request
 
     def _on_lost(self, node_id: str, epoch: int, reason: str) -> None:
+        self._tell_running(lambda each: functools.partial(each.on_lost, node_id, epoch, reason))
+
+    def _on_cut(self, node_id: str, epoch: int, reason: str) -> None:
+        self._tell_running(lambda each: functools.partial(each.on_cut, node_id, epoch, reason))
+
+    def _on_back(self, node_id: str, epoch: int) -> None:
+        self._tell_running(lambda each: functools.partial(each.on_back, node_id, epoch))
+
+    def _tell_running(
+        self, event_of: Callable[[FrontRequest], Callable[[float], list[Send]]]
+    ) -> None:
         for request in list(self._requests.values()):
             if request.state is RequestState.RUNNING:
-                lost = functools.partial(request.on_lost, node_id, epoch, reason)
-                self._apply(request, lost)
+                self._apply(request, event_of(request))
 
     def _route_waiting(self) -> None:
         for request in list(self._requests.values()):

@@ -80,11 +80,22 @@ class Node:
 
 
 class NodeDirectory:
-    """The known nodes. `on_lost(node_id, epoch, reason)` fires when an incarnation is gone."""
+    """The known nodes.
 
-    def __init__(self, control: Control, on_lost: Callable[[str, int, str], None]) -> None:
+    Args:
+        on_lost: called with (node id, epoch, reason) when an incarnation is gone for good.
+        on_cut: the same, when its session is gone; it may come back.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        on_lost: Callable[[str, int, str], None],
+        on_cut: Callable[[str, int, str], None],
+    ) -> None:
         self._control = control
         self._on_lost = on_lost
+        self._on_cut = on_cut
         self._nodes: dict[str, Node] = {}
         self._fences: dict[str, list[int]] = {}
         self._picks = 0
@@ -119,7 +130,8 @@ class NodeDirectory:
         node = self._nodes.get(node_id)
         if node is None or node.session_epoch != epoch:
             return
-        self._drop_session(node, reason)
+        self._drop_session(node)
+        self._on_cut(node_id, epoch, reason)
         self._forget_if_unused(node)
 
     def ping(self, node_id: str, epoch: int, load: wire.Load) -> None:
@@ -163,7 +175,8 @@ class NodeDirectory:
     def _replace(self, node: Node, info: NodeInfo) -> None:
         """The incarnation the directory knew is dead; `info` is its successor."""
         dead = node.info.epoch
-        self._drop_session(node, f"restarted (epoch {dead} is now {info.epoch})")
+        self._drop_session(node)
+        self._on_lost(info.node_id, dead, f"restarted (epoch {dead} is now {info.epoch})")
         node.info = info
         self._control.fence(info.node_id, dead)
         fences = self._fences.setdefault(info.node_id, [])
@@ -172,12 +185,10 @@ class NodeDirectory:
         for other in self._nodes.values():
             self._fence(other, info.node_id, dead)
 
-    def _drop_session(self, node: Node, reason: str) -> None:
-        epoch = node.info.epoch
+    def _drop_session(self, node: Node) -> None:
         node.session_epoch = None
         node.load = wire.Load()
         node.since_ping = 0
-        self._on_lost(node.info.node_id, epoch, reason)
 
     def _resend_fences(self, node: Node) -> None:
         for node_id, epochs in self._fences.items():

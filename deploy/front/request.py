@@ -34,7 +34,11 @@ from .router import Route
 RETRY_PAUSE_S = 0.2
 """Pause before a node that failed a request is asked again; times the number of attempts."""
 
+HANDOFF_FAILED = "handoff_failed"
+"""Code of the error with which either end of a hand-off reports that it did not come about."""
+
 LossKind = Literal["node_lost", "node_error", "stall", "gap", "bad_token"]
+_LOSS_OF_FAULT: dict[str, LossKind] = {"cut": "node_lost", "gap": "gap", "stall": "stall"}
 EndReason = Literal["stop", "length"]
 
 
@@ -192,6 +196,24 @@ class FrontRequest:
             return []
         return self._lose("node_lost", f"{node_id} is gone: {reason}", now_s, {node_id})
 
+    def on_cut(self, node_id: str, epoch: int, reason: str, now_s: float) -> list[Send]:
+        """The session with an incarnation is gone; it may live. Decode gets `reconnect_s` to come
+        back, because it keeps what it has sent; a prefill node may have missed the Submit."""
+        attempt = self._attempt
+        if attempt is None or attempt.next_index == 0:
+            return self.on_lost(node_id, epoch, reason, now_s)
+        if attempt.needs(node_id, epoch):
+            attempt.cut_since_s = now_s
+        return []
+
+    def on_back(self, node_id: str, epoch: int, now_s: float) -> list[Send]:
+        """The session with that incarnation is up again: it repeats what was lost."""
+        attempt = self._attempt
+        if attempt is None or attempt.cut_since_s is None or not attempt.needs(node_id, epoch):
+            return []
+        attempt.cut_since_s = None
+        return self._resume(now_s)
+
     def on_unsent(self, reason: str, now_s: float) -> None:
         """The control plane did not take the Submit: the attempt has not begun anywhere."""
         self._lose("node_lost", reason, now_s, set())
@@ -207,7 +229,7 @@ class FrontRequest:
         fault = self._attempt.fault(self._bounds, now_s)
         if fault is None:
             return self._ask(now_s)
-        kind: LossKind = "gap" if fault == "gap" else "stall"
+        kind: LossKind = _LOSS_OF_FAULT[fault]
         decode_id = self._attempt.route.decode.node_id
         return self._lose(kind, f"no tokens from {decode_id} ({fault})", now_s, set(self.node_ids))
 
@@ -237,9 +259,10 @@ class FrontRequest:
         self._notify()
 
     def _ask(self, now_s: float) -> list[Send]:
+        return self._resume(now_s) if self._running().should_ask(self._bounds, now_s) else []
+
+    def _resume(self, now_s: float) -> list[Send]:
         attempt = self._running()
-        if not attempt.should_ask(self._bounds, now_s):
-            return []
         attempt.asked_s = now_s
         message = wire.Resume(self.request_id, attempt.number, attempt.next_index, self._front_id)
         return [Send(attempt.route.decode.node_id, message)]
@@ -279,7 +302,10 @@ class FrontRequest:
             sends = self._cancels(error.code)
             self._finish_with(error)
             return sends
-        return self._lose("node_error", detail, now_s, {attempt.nodes[0].node_id}, error)
+        # A hand-off that failed does not say at which end.
+        is_pair = message.code == HANDOFF_FAILED
+        avoid = set(self.node_ids) if is_pair else {attempt.nodes[0].node_id}
+        return self._lose("node_error", detail, now_s, avoid, error)
 
     def _lose(
         self,

@@ -12,6 +12,7 @@ node that cannot be reached costs CALL_TIMEOUT_S and is reported as an error.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -64,8 +65,10 @@ def _get(call: Any) -> Any:
 
 
 def say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
+    print(json.dumps(message), file=_ANSWERS, flush=True)
 
 
 if __name__ == "__main__":
+    _ANSWERS = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what else is printed goes to the log
     main()

@@ -99,6 +99,7 @@ class Host:
         assert self._init.stdout is not None
         self._init.stdout.close()
         self._init = None
+        run("ip", "-n", self._switch, "link", "del", f"port{self.number}")
         run("ip", "netns", "del", self.namespace)
 
     def set_link(self, is_up: bool) -> None:
@@ -147,13 +148,13 @@ class Host:
                     found.append(int(process.name))
         return found
 
-    def num_sockets(self, pid: int) -> int:
-        """Open sockets of one process."""
-        num = 0
+    def sockets_and_threads(self, pid: int) -> tuple[int, int]:
+        """Open sockets and threads of one process (the machine's id)."""
+        num_sockets = 0
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                num += os.readlink(entry).startswith("socket:")
-        return num
+                num_sockets += os.readlink(entry).startswith("socket:")
+        return num_sockets, len(list(Path(f"/proc/{pid}/task").iterdir()))
 
     def _processes(self) -> list[Path]:
         """/proc entries of all processes in the host's process id namespace."""

@@ -198,6 +198,10 @@ class RayCluster:
         node = next(each for each in self.view()["nodes"] if each["node_id"] == node_id)
         return self.where(node_id).pid_of(node["pid"])
 
+    def front_pid(self) -> int:
+        """The machine's id of the front's process."""
+        return self.where("front-0").pid_of(self.ask("front")["pid"])
+
     def wait_until_ready(self, timeout_s: float) -> float:
         """Until the front sees every node up."""
 
@@ -219,35 +223,35 @@ class RayCluster:
         assert not faults, faults
         return {node_id: each["stats"] for node_id, each in answers.items()}
 
-    def assert_settles(self, *, quarantine_on: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-        """All pools are empty soon; those of `quarantine_on` but for pages counted as quarantined."""
+    def assert_settles(self) -> dict[str, dict[str, Any]]:
+        """All pools are empty soon, but for pages that are counted as quarantined."""
         last: dict[str, dict[str, Any]] = {}
 
         def is_settled() -> bool:
             last.update(self.audits())
-            return all(
-                _num_held(stats, is_lenient=node_id in quarantine_on) == 0
-                for node_id, stats in last.items()
-            )
+            return all(_num_leaked(stats) == 0 for stats in last.values())
 
         try:
             wait_for(is_settled, SETTLE_TIMEOUT_S, "empty pools")
         except AssertionError as error:
-            held = {node_id: _num_held(stats, is_lenient=False) for node_id, stats in last.items()}
-            raise AssertionError(f"pools do not empty: {held}") from error
+            leaked = {node_id: _num_leaked(stats) for node_id, stats in last.items()}
+            raise AssertionError(f"pools do not empty: {leaked}") from error
         return last
 
 
-def _num_held(stats: dict[str, Any], *, is_lenient: bool) -> int:
-    """Pages and seats that are not free; lenient: and not quarantined either."""
+def num_quarantined(stats: dict[str, Any]) -> int:
+    """Pages that wait for the proof that nobody writes to, or reads from, them any more."""
+    on_decode = 2 * stats.get("host_pages_quarantined", 0)  # each has its index page
+    return int(on_decode + stats.get("device_pages_quarantined", 0))
+
+
+def _num_leaked(stats: dict[str, Any]) -> int:
+    """Pages and seats that are neither free nor quarantined."""
     pools = ("host_pages", "index_pages", "seats", "device_pages")
     held = sum(
         stats[f"{pool}_total"] - stats[f"{pool}_free"] for pool in pools if f"{pool}_free" in stats
     )
-    if is_lenient:
-        held -= 2 * stats.get("host_pages_quarantined", 0)  # each has its index page
-        held -= stats.get("device_pages_quarantined", 0)
-    return int(held)
+    return int(held) - num_quarantined(stats)
 
 
 def _tree(dotted: dict[str, Any]) -> dict[str, dict[str, Any]]:

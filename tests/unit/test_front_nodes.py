@@ -44,7 +44,8 @@ def lost() -> list[tuple[str, int]]:
 
 @pytest.fixture
 def directory(control: FakeControl, lost: list[tuple[str, int]]) -> NodeDirectory:
-    directory = NodeDirectory(control, lambda node_id, epoch, reason: lost.append((node_id, epoch)))
+    note = lambda node_id, epoch, reason: lost.append((node_id, epoch))  # noqa: E731
+    directory = NodeDirectory(control, on_lost=note, on_cut=note)
     control.handler = None
     return directory
 
@@ -228,12 +229,28 @@ def test_a_retry_waits_for_a_node_and_takes_the_first_that_comes():
     bench.control.play(2)
     for name in ("decode-0", "decode-1"):
         bench.control.down(name)
+    bench.clock.advance(1.0)
     bench.dispatcher.tick()
     assert bench.dispatcher.num_waiting == 1
     bench.clock.advance(0.3)
     bench.control.up("decode-1")
     bench.run_out()
     assert ids(request) == TRUTH
+
+
+def test_a_session_that_comes_back_at_once_costs_no_second_attempt():
+    bench = Bench()
+    request = bench.submit()
+    bench.control.play(3)
+    (_, submit) = bench.control.messages(wire.Submit)[0]
+    bench.control.down(submit.decode_id)
+    bench.clock.advance(0.3)
+    bench.dispatcher.tick()
+    bench.control.up(submit.decode_id)
+    (node_id, resume) = bench.control.messages(wire.Resume)[-1]
+    assert (node_id, resume.next_index) == (submit.decode_id, len(request.tokens))
+    bench.run_out()
+    assert (ids(request), request.attempts) == (TRUTH, 1)
 
 
 def test_no_node_in_time_is_a_503():

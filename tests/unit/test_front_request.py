@@ -148,6 +148,28 @@ def test_the_loss_of_prefill_matters_only_before_the_first_token():
     assert other.state is RequestState.WAITING
 
 
+def test_a_cut_session_is_waited_for_only_once_decode_has_sent_tokens():
+    early, _ = started()
+    early.on_cut("decode-0", 1, "reset", 1.0)
+    assert early.state is RequestState.WAITING
+    request, submit = started()
+    request.on_tokens(tokens_of(submit, 0, [97, 98]), 1.0)
+    assert request.on_cut("decode-0", 1, "reset", 1.0) == []
+    assert request.on_back("decode-0", 2, 1.2) == []
+    (send,) = request.on_back("decode-0", 1, 1.2)
+    assert isinstance(send.message, wire.Resume)
+    request.on_cut("decode-0", 1, "reset", 2.0)
+    request.on_tick(2.0 + request._bounds.reconnect_s + 0.1)
+    assert (request.state, request.losses) == (RequestState.WAITING, ["node_lost"])
+
+
+def test_a_hand_off_that_failed_avoids_both_of_its_ends():
+    request, submit = started()
+    finish = finish_of(submit, 0, "error", status=503, code="handoff_failed", can_retry=True)
+    request.on_finish(finish, 1.0)
+    assert request.avoid == {"prefill-0", "decode-0"}
+
+
 def test_messages_of_an_old_attempt_are_not_expected():
     request, submit = started()
     old = tokens_of(submit, 0, [1])

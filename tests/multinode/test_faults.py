@@ -1,0 +1,177 @@
+"""Faults while requests stream and prompts are on their way.
+
+Every request completes with the right tokens or ends with a typed error, none hangs, and pools are
+empty afterwards but for counted quarantine (the `cluster` fixture checks that). Times are printed
+and measured by benchmarks/recovery.py, not asserted.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+
+from multinode.faults import Direction, Faults
+from multinode.hosts import wait_for
+from multinode.ray_cluster import RayCluster
+from multinode.streams import Answers, join, question, start_streams
+from multinode.traffic import Outcome, Traffic
+
+pytestmark = pytest.mark.multinode
+
+PARTITION_S = 6.0
+ROLE_NODES = ["prefill-0", "decode-0"]
+
+
+@pytest.fixture
+def broken_by(
+    cluster: RayCluster, answers: Answers, faults: Faults
+) -> Callable[[Callable[[], None]], Outcome]:
+    """Runs traffic, injects (and heals) the fault in the middle of it, returns what clients saw."""
+
+    def run(inject: Callable[[], None]) -> Outcome:
+        traffic = Traffic(cluster, answers)
+        traffic.begin()
+        since_s = time.monotonic()
+        inject()
+        outcome = traffic.end(since_s)
+        print(f"gaps {outcome.gaps_s}, first tokens {outcome.ttfts_s}, errors {traffic.errors}")
+        return outcome
+
+    return run
+
+
+@pytest.mark.parametrize("node_id", ROLE_NODES)
+def test_no_request_fails_when_a_node_is_killed(broken_by, faults: Faults, node_id: str) -> None:
+    assert broken_by(lambda: faults.kill_actor(node_id)).num_failed == 0
+
+
+@pytest.mark.parametrize("node_id", ROLE_NODES)
+def test_no_request_fails_when_a_host_loses_power(
+    broken_by, cluster: RayCluster, faults: Faults, node_id: str
+) -> None:
+    host = cluster.where(node_id)
+    try:
+        assert broken_by(lambda: faults.power_off(host)).num_failed == 0
+    finally:
+        faults.boot(host)
+
+
+@pytest.mark.parametrize("node_id", ROLE_NODES)
+def test_no_request_fails_in_a_partition_that_heals(
+    broken_by, cluster: RayCluster, faults: Faults, node_id: str
+) -> None:
+    def partition() -> None:
+        with faults.link_down(cluster.where(node_id)):
+            time.sleep(PARTITION_S)
+
+    assert broken_by(partition).num_failed == 0
+
+
+@pytest.mark.parametrize(("node_id", "direction"), [("prefill-0", "from"), ("decode-0", "to")])
+def test_no_request_fails_when_packets_are_lost_one_way(
+    broken_by, cluster: RayCluster, faults: Faults, node_id: str, direction: Direction
+) -> None:
+    def lose() -> None:
+        with faults.one_way_loss(cluster.where(node_id), direction):
+            time.sleep(PARTITION_S)
+
+    assert broken_by(lose).num_failed == 0
+
+
+def test_no_request_fails_when_two_percent_of_packets_are_lost(
+    broken_by, cluster: RayCluster, faults: Faults
+) -> None:
+    def lose() -> None:
+        with faults.random_loss([cluster.where(node_id) for node_id in ROLE_NODES], 2):
+            time.sleep(PARTITION_S)
+
+    assert broken_by(lose).num_failed == 0
+
+
+@pytest.mark.parametrize("node_id", ROLE_NODES)
+def test_no_request_fails_when_connections_are_reset(
+    broken_by, cluster: RayCluster, faults: Faults, node_id: str
+) -> None:
+    host = cluster.where(node_id)
+    assert broken_by(lambda: faults.reset_connections(host)).num_failed == 0
+
+
+@pytest.mark.parametrize("node_id", ROLE_NODES)
+def test_no_request_fails_when_a_process_hangs_and_goes_on(
+    broken_by, faults: Faults, node_id: str
+) -> None:
+    def hang() -> None:
+        with faults.stopped_actor(node_id):
+            time.sleep(PARTITION_S)
+
+    assert broken_by(hang).num_failed == 0
+
+
+def test_streams_do_not_notice_that_ray_hangs_on_a_host(
+    broken_by, cluster: RayCluster, faults: Faults
+) -> None:
+    def hang() -> None:
+        with faults.stopped_raylet(cluster.where("decode-0")):
+            time.sleep(PARTITION_S)
+
+    assert broken_by(hang).num_failed == 0
+
+
+def test_streams_do_not_notice_a_restart_of_the_head(
+    broken_by, cluster: RayCluster, faults: Faults
+) -> None:
+    head = cluster.network.hosts[0]
+
+    def restart() -> None:
+        faults.power_off(head)
+        time.sleep(3.0)
+        faults.boot(head)
+
+    before = {node_id: info["epoch"] for node_id, info in cluster.ask("info").items()}
+    assert broken_by(restart).num_failed == 0
+    assert broken_by(lambda: None).num_failed == 0  # new requests too
+    after = {node_id: info["epoch"] for node_id, info in cluster.ask("info").items()}
+    assert before == after, "no node was restarted with it"
+
+
+def test_clients_that_leave_leave_nothing_behind(cluster: RayCluster, faults: Faults) -> None:
+    def census() -> dict[str, tuple[int, int]]:
+        """Sockets and threads of every node and the front."""
+        pids = {node_id: cluster.pid(node_id) for node_id in cluster.node_ids}
+        pids["front-0"] = cluster.front_pid()
+        return {name: cluster.where(name).sockets_and_threads(pid) for name, pid in pids.items()}
+
+    rng = random.Random(5)
+
+    def leave(count: int) -> None:
+        asked = [question(rng.choice((200, 500, 900)), rng.randrange(8), 60) for _ in range(count)]
+        streams = start_streams(cluster, asked)
+        for stream in rng.sample(streams, count):
+            time.sleep(rng.uniform(0.0, 0.15))
+            stream.close()
+        join(streams)
+
+    leave(12)  # pools of threads and connections grow to their size
+    cluster.assert_settles()
+    before = census()
+    for _ in range(4):
+        faults.note("twelve clients come and go")
+        leave(12)
+    stats = cluster.assert_settles()
+    assert all(
+        each["seats_free"] == each["seats_total"]
+        for each in stats.values()
+        if "seats_total" in each
+    )
+
+    def is_back() -> bool:
+        now = census()
+        return all(now[name] <= before[name] and now[name][1] <= before[name][1] for name in before)
+
+    try:
+        wait_for(is_back, 30.0, "sockets and threads")
+    except AssertionError as error:
+        raise AssertionError(f"(sockets, threads) were {before}, are {census()}") from error
