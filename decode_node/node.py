@@ -31,9 +31,10 @@ def build_node(
     geometry = runtime.geometry
     clock = MonotonicClock()
     coordinator = build_coordinator(config, runtime.model.config, geometry, runtime.device)
-    regions = (coordinator.host.region(), coordinator.index.region())
+    index = coordinator.index.mirror()
+    regions = (coordinator.host.region(), index.region())
     transport = make_transport(config.transfer, bind_host)
-    for tensor in (coordinator.host.rows, coordinator.index.data):
+    for tensor in (coordinator.host.rows, index.host_LPX):
         transport.register(tensor.data_ptr(), tensor.numel())
     control = ControlLoop(
         node_id,
@@ -66,7 +67,7 @@ def build_node(
         clock=clock,
         park_after_tokens=config.decode.park_after_tokens,
     )
-    engines += [Auditor((decode,)), Receiver(importer, decode, geometry), decode]
+    engines += [Auditor((decode,)), Receiver(importer, decode, geometry, index), decode]
     fronts = FrontHandler(
         step_loop.post,
         lambda: control.set_load(decode.load()),
@@ -80,5 +81,5 @@ def build_node(
         [importer, fronts],
         (decode,),
         max_context=max_context(config, runtime.model.config),
-        closers=(mover.stop, transport.close),
+        closers=(mover.stop, transport.close, index.close, coordinator.host.close),
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from ..common.errors import RequestError
 from ..common.layouts import KvGeometry
 from ..common.wire import PageRun
+from ..hostpool.mirror import HostMirror
 from ..hostpool.pages import OwnerKind
 from ..transfer.events import (
     ImportFailed,
@@ -35,9 +36,13 @@ class Receiver:
         importer: the protocol's side of every lease.
         engine: who admits and runs the requests.
         geometry: sizes, for the count of bytes received.
+        index: the index pool's mirror; a ready prompt's keys go from it to the device.
     """
 
-    def __init__(self, importer: Importer, engine: DecodeEngine, geometry: KvGeometry) -> None:
+    def __init__(
+        self, importer: Importer, engine: DecodeEngine, geometry: KvGeometry, index: HostMirror
+    ) -> None:
+        self._index = index
         self._importer = importer
         self._engine = engine
         self._geometry = geometry
@@ -107,7 +112,9 @@ class Receiver:
             geometry.num_layers * geometry.kv_page_bytes
             + geometry.num_index_layers * geometry.index_page_bytes
         )
-        self.bytes_received += geometry.num_pages(sequence.num_prompt_tokens) * page_bytes
+        num_pages = geometry.num_pages(sequence.num_prompt_tokens)
+        self.bytes_received += num_pages * page_bytes
+        self._index.to_device(sequence.index_lease.pages[:num_pages])
         self._engine.make_ready(sequence, event.first_token, event.warm_positions)
 
     def _released(self, sequence: Sequence) -> None:

@@ -2,7 +2,7 @@
 
 A page id means the same tokens in `rows` (uint8 [layers, pages * page_size, row bytes]) and in
 `index` (uint8 [index layers, pages, index page bytes]). Page size and row layout are decode's, so
-that a page moves byte for byte. Owned by a node's step thread; the transfer reads it by address.
+that a page moves byte for byte. Owned by a node's step thread; the transfer reads its mirrors.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from ..common.layouts import KvGeometry
-from ..common.wire import Region
 from .memory import HostMemory, allocate, poison_pages
+from .mirror import HostMirror
 from .pages import PageAllocator
 
 
@@ -43,25 +43,10 @@ class DevicePool:
             geometry.num_index_layers, num_pages, geometry.index_page_bytes
         )
 
-    def regions(self) -> tuple[Region, Region]:
-        """What the transfer reads: "kv", then "index"."""
-        geometry = self.geometry
-        return (
-            Region(
-                name="kv",
-                base_address=self.rows.data_ptr(),
-                num_layers=geometry.num_layers,
-                num_pages=self.pages.num_total,
-                page_bytes=geometry.kv_page_bytes,
-            ),
-            Region(
-                name="index",
-                base_address=self.index.data_ptr(),
-                num_layers=geometry.num_index_layers,
-                num_pages=self.pages.num_total,
-                page_bytes=geometry.index_page_bytes,
-            ),
-        )
+    def mirrors(self) -> tuple[HostMirror, HostMirror]:
+        """Where the transfer reads: "kv", then "index". Allocates; call once."""
+        by_page = self.rows.view(self.geometry.num_layers, self.pages.num_total, -1)
+        return HostMirror("kv", by_page), HostMirror("index", self.index)
 
     def poison(self, pages: list[int]) -> None:
         """Overwrites pages in every layer, rows and indexer keys, with NaN bytes."""

@@ -1,7 +1,7 @@
 """Indexer keys of every sequence, paged on the compute device, for layers with their own indexer.
 
 `data` is uint8 [index layers, pages, page bytes]; the layout inside a page is common/layouts.py's.
-Owned by a node's step thread; a peer writes into it by address, under a lease. Its pages are
+Owned by a node's step thread; a peer writes into its mirror, under a lease. Its pages are
 allocated apart from the host pool's: the two are different resources with different limits.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from ..common.layouts import KvGeometry
-from ..common.wire import Region
 from .memory import HostMemory, allocate, poison_pages
+from .mirror import HostMirror
 from .pages import PageAllocator
 
 
@@ -29,15 +29,9 @@ class IndexPool:
         )
         self.data = self._memory.data.view(layers, num_pages, page_bytes)
 
-    def region(self) -> Region:
-        """Where peers write: every page of every index layer."""
-        return Region(
-            name="index",
-            base_address=self.data.data_ptr(),
-            num_layers=self.geometry.num_index_layers,
-            num_pages=self.pages.num_total,
-            page_bytes=self.geometry.index_page_bytes,
-        )
+    def mirror(self) -> HostMirror:
+        """Where peers write: every page of every index layer. Allocates; call once."""
+        return HostMirror("index", self.data)
 
     def poison(self, pages: list[int]) -> None:
         """Overwrites pages in every index layer with bytes that are NaN in each layout."""

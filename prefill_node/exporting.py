@@ -6,7 +6,10 @@ I/O thread.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..common.wire import OutputToken
+from ..hostpool.mirror import HostMirror
 from ..transfer.events import (
     ExportDone,
     ExportFailed,
@@ -23,10 +26,14 @@ from .job import Job
 
 
 class RemoteHandoff:
-    """Implements handoff.Handoff over an Exporter, and is the step loop's engine for its events."""
+    """Implements handoff.Handoff over an Exporter, and is the step loop's engine for its events.
 
-    def __init__(self, exporter: Exporter) -> None:
+    `mirrors`: of the device pool; pages are copied there before the exporter may send them.
+    """
+
+    def __init__(self, exporter: Exporter, mirrors: Iterable[HostMirror]) -> None:
         self._exporter = exporter
+        self._mirrors = tuple(mirrors)
         self._engine: PrefillEngine | None = None
 
     def serve(self, engine: PrefillEngine) -> None:
@@ -50,6 +57,8 @@ class RemoteHandoff:
         )
 
     def pages_ready(self, job: Job, first_page: int, pages: list[int]) -> None:
+        for mirror in self._mirrors:
+            mirror.to_host(pages)
         self._exporter.pages_ready(job.key, first_page, pages)
 
     def commit(

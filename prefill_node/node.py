@@ -30,8 +30,9 @@ def build_node(
     clock = MonotonicClock()
     pool = build_pool(config, runtime.geometry, runtime.device)
     transport = make_transport(config.transfer, bind_host)
-    for tensor in (pool.rows, pool.index):
-        transport.register(tensor.data_ptr(), tensor.numel())
+    mirrors = pool.mirrors()
+    for mirror in mirrors:
+        transport.register(mirror.host_LPX.data_ptr(), mirror.host_LPX.numel())
     control = ControlLoop(
         node_id,
         "prefill",
@@ -50,12 +51,12 @@ def build_node(
     exporter = Exporter(
         control,
         mover,
-        pool.regions(),
+        [mirror.region() for mirror in mirrors],
         config.transfer,
         has_checksums=has_checksums(config.transfer),
         post_event=step_loop.post,
     )
-    handoff = RemoteHandoff(exporter)
+    handoff = RemoteHandoff(exporter, mirrors)
     prefill = build_engine(
         config, runtime.model, runtime.geometry, pool, handoff=handoff, send=control.send
     )
@@ -74,5 +75,5 @@ def build_node(
         [exporter, fronts],
         (prefill,),
         max_context=prefill.max_prompt_tokens,
-        closers=(mover.stop, transport.close),
+        closers=(mover.stop, transport.close, *(mirror.close for mirror in mirrors)),
     )

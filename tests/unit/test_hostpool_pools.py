@@ -187,7 +187,7 @@ def test_a_region_is_the_memory_layer_after_layer() -> None:
     address = region.base_address + (layer * 5 + 3) * region.page_bytes + 2 * 24
     assert host.rows[layer, slot].data_ptr() == address
     index = IndexPool(geometry(), 5)
-    assert index.data[0, 3].data_ptr() == index.region().base_address + 3 * 4 * 12
+    assert index.data[0, 3].data_ptr() == index.mirror().region().base_address + 3 * 4 * 12
     v4 = DeepSeekV4SingleKVPoolHost(DeepSeekV4Layout(), 2, 3)
     assert v4.region().page_bytes == 37_440
     assert v4.data[1, 2].data_ptr() == v4.region().base_address + 5 * 37_440
@@ -195,7 +195,7 @@ def test_a_region_is_the_memory_layer_after_layer() -> None:
 
 def test_a_device_pool_has_one_allocator_for_rows_and_index() -> None:
     pool = DevicePool(geometry(), 5)
-    kv, index = pool.regions()
+    kv, index = (mirror.region() for mirror in pool.mirrors())
     assert (kv.name, index.name) == ("kv", "index")
     assert (kv.num_pages, index.num_pages) == (5, 5)
     assert kv.base_address == pool.rows.data_ptr()
@@ -209,7 +209,7 @@ def test_pools_without_index_layers_or_pages_are_empty() -> None:
     assert pool.index.numel() == 0
     pool.poison([0, 4])
     assert HostPool(geometry(), 0).rows.numel() == 0
-    assert IndexPool(geometry(num_index_layers=0), 3).region().num_layers == 0
+    assert IndexPool(geometry(num_index_layers=0), 3).mirror().region().num_layers == 0
 
 
 def test_poison_is_nan_in_every_encoding_and_stays_on_its_pages() -> None:
