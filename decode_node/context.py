@@ -33,6 +33,7 @@ class StepBatch:
         index_slots_B: int64, slot in the index pool of each new indexer key.
         index_table_BP: int32, index pages of each sequence, -1 behind its end.
         store_rows_2B: int64 [2, B], device rows for the new KV rows (ring, hot slot or -1).
+        max_len: length of the longest sequence, the new token included.
     """
 
     token_ids_B: Tensor
@@ -41,6 +42,7 @@ class StepBatch:
     index_slots_B: Tensor
     index_table_BP: Tensor
     store_rows_2B: Tensor
+    max_len: int
 
 
 class DecodeContext:
@@ -53,7 +55,7 @@ class DecodeContext:
         self._batch = batch
         self._layout = cache.geometry.row
         self._lens_B = batch.positions_B + 1
-        self._max_len = int(self._lens_B.max())
+        self._max_len = batch.max_len
         self.fault_B = torch.zeros_like(batch.positions_B, dtype=torch.int32)
 
     def store_kv(self, layer: int, latent_TC: Tensor, rope_key_TR: Tensor) -> None:

@@ -88,8 +88,8 @@ class HiSparseCoordinator:
         copy_rows(
             source.index,
             self.index.data,
-            torch.tensor(source_pages, dtype=torch.int64),
-            torch.tensor(sequence.index_lease.pages[:num_pages], dtype=torch.int64),
+            self._tensor(source_pages),
+            self._tensor(sequence.index_lease.pages[:num_pages]),
         )
         self.admit_request_direct(sequence)
 
@@ -149,6 +149,7 @@ class HiSparseCoordinator:
             index_slots_B=self._tensor(index_slots),
             index_table_BP=table.to(self._device),
             store_rows_2B=store_rows_2B,
+            max_len=max(positions) + 1,
         )
 
     def _eager_backup_previous_token(self, sequences: Iterable[Sequence]) -> None:
@@ -156,6 +157,7 @@ class HiSparseCoordinator:
         for sequence in sequences:
             if sequence.kv_len % self._page_size == 0:
                 self._backup(sequence, sequence.kv_len)
+        self.cache.end_step()
 
     finish_step = _eager_backup_previous_token
 
@@ -207,12 +209,13 @@ class HiSparseCoordinator:
     def _host_slots(self, sequence: Sequence, first: int, end: int) -> Tensor:
         positions = torch.arange(first, end)
         pages = torch.tensor(sequence.host_lease.pages, dtype=torch.int64)
-        return pages[positions // self._page_size] * self._page_size + positions % self._page_size
+        slots = pages[positions // self._page_size] * self._page_size + positions % self._page_size
+        return slots.to(self._device)
 
     def _slots(self, pages: list[int]) -> Tensor:
         """Every slot of `pages`, int64, in order."""
         first = torch.tensor(pages, dtype=torch.int64)[:, None] * self._page_size
-        return (first + torch.arange(self._page_size)).flatten()
+        return (first + torch.arange(self._page_size)).flatten().to(self._device)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -28,18 +28,9 @@ from ..common.layouts import KvGeometry
 from ..kernels.copy_rows import copy_rows
 from ..kernels.resolve import resolve
 from ..kernels.swap_in import load_cache_to_device_buffer
+from .hot_counters import HotCacheStats, HotCounters
 
 RING_PAGES = 2
-
-
-@dataclass(slots=True)
-class HotCacheStats:
-    """Counted over the life of the node, once per index group and selected row."""
-
-    hits: int = 0
-    misses: int = 0
-    rows_swapped_in: int = 0
-    bytes_swapped_in: int = 0
 
 
 class HotCache:
@@ -71,12 +62,17 @@ class HotCache:
         self.ring_rows = RING_PAGES * geometry.page_size
         self.seat_rows = hot_rows + self.ring_rows
         self.topk = topk
-        self.stats = HotCacheStats()
         self._group_of_layer = group_of_layer
         self._layers_of_group = [
             [layer for layer, group in enumerate(group_of_layer) if group == index]
             for index in range(geometry.num_index_layers)
         ]
+        self._counters = HotCounters(
+            [len(layers) for layers in self._layers_of_group],
+            topk=topk,
+            row_bytes=geometry.row.row_bytes,
+            device=device,
+        )
         groups, pages = geometry.num_index_layers, geometry.num_pages(max_context)
 
         def table(*shape: int, fill: int) -> Tensor:
@@ -94,6 +90,11 @@ class HotCache:
         self._last_use_GSH = table(groups, num_seats, hot_rows, fill=0)
         self._step_1 = table(1, fill=0)
         self._plan: _Plan | None = None
+
+    @property
+    def stats(self) -> HotCacheStats:
+        """Any thread may read it; see hot_counters.py."""
+        return self._counters.stats
 
     def take_seat(self, seat: int, host_pages: list[int]) -> None:
         """Empties the seat's tables and writes its host page table."""
@@ -149,11 +150,21 @@ class HotCache:
         ring_B = base_B + self.hot_rows + positions_B % self.ring_rows
         is_whole_B = positions_B < self.hot_rows
         hot_B = torch.where(is_whole_B, base_B + positions_B, -1)
-        seats, positions = seats_B[is_whole_B], positions_B[is_whole_B]
-        self.position_of_slot_GSH[:, seats, positions] = positions.to(torch.int32)
-        self.slot_of_position_GSC[:, seats, positions] = positions.to(torch.int32)
-        self._last_use_GSH[:, seats, positions] = self._step_1
+        # Written for all rows, with what stands there where the sequence is not resident whole: to
+        # pick those that are would mean to wait for the device.
+        slots_B = positions_B.clamp(max=self.hot_rows - 1)
+        for table, at_B, value in (
+            (self.position_of_slot_GSH, slots_B, positions_B.to(torch.int32)),
+            (self.slot_of_position_GSC, positions_B, positions_B.to(torch.int32)),
+            (self._last_use_GSH, slots_B, self._step_1),
+        ):
+            table[:, seats_B, at_B] = torch.where(is_whole_B, value, table[:, seats_B, at_B])
+        self._counters.begin_step(positions_B + 1)
         return torch.stack((ring_B, hot_B))
+
+    def end_step(self) -> None:
+        """Counts the step; the last thing of it."""
+        self._counters.end_step()
 
     def resolve(self, group: int, topk_idx_BK: Tensor, lens_B: Tensor, seats_B: Tensor) -> Tensor:
         """Plans the group's step; returns fault flags int32 [B] (see kernels/resolve.py).
@@ -163,7 +174,7 @@ class HotCache:
             lens_B: sequence lengths, the newest token included.
             seats_B: seat of each batch row, -1 = padded.
         """
-        plan = _Plan.empty(group, topk_idx_BK)
+        plan = _Plan.empty(group, topk_idx_BK, self._counters.num_misses_of(group))
         fault_B = torch.zeros(topk_idx_BK.shape[0], dtype=torch.int32, device=topk_idx_BK.device)
         resolve(
             topk_idx_BK,
@@ -184,9 +195,6 @@ class HotCache:
             self.ring_rows,
         )
         self._plan = plan
-        plan.num_misses = int(plan.num_misses_B.sum())
-        self.stats.misses += plan.num_misses
-        self.stats.hits += int((topk_idx_BK >= 0).sum()) - plan.num_misses
         return fault_B
 
     def copy(self, layer: int, host_rows: Tensor) -> Tensor:
@@ -194,16 +202,13 @@ class HotCache:
         plan = self._plan
         if plan is None or plan.group != self._group_of_layer[layer]:
             raise AssertionError(f"layer {layer} has no plan of its index group")
-        if plan.num_misses:
-            load_cache_to_device_buffer(
-                host_rows[layer],
-                self.rows[layer],
-                plan.miss_host_slot_BK,
-                plan.miss_device_row_BK,
-                plan.num_misses_B,
-            )
-        self.stats.rows_swapped_in += plan.num_misses
-        self.stats.bytes_swapped_in += plan.num_misses * self.geometry.row.row_bytes
+        load_cache_to_device_buffer(
+            host_rows[layer],
+            self.rows[layer],
+            plan.miss_host_slot_BK,
+            plan.miss_device_row_BK,
+            plan.num_misses_B,
+        )
         return plan.hot_idx_BK
 
     def ring_rows_of(self, seat: int, first: int, end: int) -> Tensor:
@@ -241,14 +246,10 @@ class _Plan:
     miss_host_slot_BK: Tensor
     miss_device_row_BK: Tensor
     num_misses_B: Tensor
-    num_misses: int = 0
 
     @classmethod
-    def empty(cls, group: int, topk_idx_BK: Tensor) -> _Plan:
+    def empty(cls, group: int, topk_idx_BK: Tensor, num_misses_B: Tensor) -> _Plan:
         def like(dtype: torch.dtype) -> Tensor:
             return torch.full_like(topk_idx_BK, -1, dtype=dtype)
 
-        num_misses_B = torch.zeros(
-            topk_idx_BK.shape[0], dtype=torch.int32, device=topk_idx_BK.device
-        )
         return cls(group, like(torch.int32), like(torch.int64), like(torch.int64), num_misses_B)
