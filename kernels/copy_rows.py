@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import KernelError
-from .registry import BYTES, INT64, Arguments, cpu_op
+from . import cuda
+from .registry import BYTES, INT64, Arguments, cpu_op, implement
 from .row_bytes import as_words, check_range
 
 
@@ -61,6 +62,7 @@ def _copy_rows(
 
 
 _op = cpu_op(mutates=("target_LMX",))(_copy_rows)
+implement("copy_rows", cuda.copy_rows, "CUDA")
 
 
 def _is_run(rows: Tensor) -> bool:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import KernelError
-from .registry import BYTES, FLOAT32, FLOATS, INT32, INTS, Arguments, cpu_op
+from . import cuda
+from .registry import BYTES, FLOAT32, FLOATS, INT32, INTS, Arguments, cpu_op, implement
 from .row_bytes import check_range
 from .store_index_keys import index_layout, unpack_index_pages
 
@@ -163,6 +164,8 @@ def _index_logits_chunk(
 
 _op = cpu_op(mutates=("scores_BC",))(_index_logits)
 _chunk_op = cpu_op(mutates=("scores_TC",))(_index_logits_chunk)
+implement("index_logits", cuda.index_logits, "CUDA")
+implement("index_logits_chunk", cuda.index_logits_chunk, "CUDA")
 
 
 def _gather_keys(

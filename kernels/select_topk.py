@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import KernelError
-from .registry import FLOAT32, INT32, INTS, Arguments, cpu_op
+from . import cuda
+from .registry import FLOAT32, INT32, INTS, Arguments, cpu_op, implement
 
 _BEHIND = -(1 << 31)
 """Key of a position at or behind the row's length: never selected."""
@@ -62,6 +63,7 @@ def _select_topk(scores_BC: Tensor, lengths_B: Tensor, topk_idx_BK: Tensor) -> N
 
 
 _op = cpu_op(mutates=("topk_idx_BK",))(_select_topk)
+implement("select_topk", cuda.select_topk, "CUDA")
 
 
 def _ordered_keys(scores_BC: Tensor, lengths: np.ndarray) -> Tensor:

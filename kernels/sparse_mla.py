@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .registry import BYTES, FLOATS, INT32, Arguments, cpu_op
+from . import cuda
+from .registry import BYTES, FLOATS, INT32, Arguments, cpu_op, implement
 from .row_bytes import as_words, check_range
 from .store_rows import row_layout, unpack_rows
 
@@ -83,6 +84,7 @@ def _sparse_mla(
 
 
 _op = cpu_op(mutates=("out_BHC",))(_sparse_mla)
+implement("sparse_mla", cuda.sparse_mla, "CUDA")
 
 
 def _without_empty_columns(row_idx_BK: Tensor) -> Tensor:

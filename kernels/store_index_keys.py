@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..common.errors import KernelError
 from ..common.layouts import IndexLayout
-from . import fp8
-from .registry import BYTES, FLOATS, INT64, Arguments, cpu_op
+from . import cuda, fp8
+from .registry import BYTES, FLOATS, INT64, Arguments, cpu_op, implement
 from .row_bytes import as_words, check_range
 
 
@@ -63,6 +63,7 @@ def _store_index_keys(
 
 
 _op = cpu_op(mutates=("pages_PX",))(_store_index_keys)
+implement("store_index_keys", cuda.store_index_keys, "CUDA")
 
 
 @lru_cache(maxsize=64)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..common.errors import ConfigError, KernelError
 from ..common.layouts import FP8_BLOCK, RowLayout
-from . import fp8
-from .registry import BYTES, FLOATS, INT64, Arguments, cpu_op
+from . import cuda, fp8
+from .registry import BYTES, FLOATS, INT64, Arguments, cpu_op, implement
 from .row_bytes import put_rows
 
 
@@ -50,6 +50,7 @@ def _store_rows(
 
 
 _op = cpu_op(mutates=("rows_NX",))(_store_rows)
+implement("store_rows", cuda.store_rows, "CUDA")
 
 
 @lru_cache(maxsize=64)

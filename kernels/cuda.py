@@ -1,0 +1,31 @@
+"""CUDA implementations of the ops, imported at their first call.
+
+Triton is not installed on hosts without a GPU, and importing it takes a second: the op files
+register these functions, which import the real one when a CUDA tensor first comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def _later(module: str, name: str) -> Callable[..., None]:
+    found: list[Callable[..., None]] = []
+
+    def call(*args: Any) -> None:
+        if not found:
+            found.append(getattr(import_module(f".{module}", __package__), name))
+        found[0](*args)
+
+    return call
+
+
+copy_rows = _later("cuda_rows", "copy_rows")
+store_index_keys = _later("cuda_rows", "store_index_keys")
+store_rows = _later("cuda_rows", "store_rows")
+select_topk = _later("cuda_select_topk", "select_topk")
+index_logits = _later("triton_index_logits", "index_logits")
+index_logits_chunk = _later("triton_index_logits", "index_logits_chunk")
+sparse_mla = _later("triton_sparse_mla", "sparse_mla")
