@@ -40,7 +40,7 @@ from tidepool.kernels.cuda_swap_in import Tuning
 CALLS = 16
 REPLAYS = 6
 TOPK, HOT_ROWS, RING_ROWS, CONTEXT = 2048, 4096, 128, 65536
-FLAT_GRIDS = (8, 16, 32, 132)
+FLAT_GRIDS = (16, 64)
 TABLE = (
     (1, 64), (1, 256), (1, 2048), (8, 64), (8, 137), (8, 256), (32, 16), (32, 64), (32, 137),
     (32, 256), (64, 64), (64, 137), (64, 256), (128, 16), (128, 64), (256, 16), (256, 64),
@@ -67,6 +67,7 @@ class Bench:
         self.context = min(CONTEXT, room)
         num_rows = batch * self.context
         self.host_rows_NX = host[: num_rows * row_bytes].view(num_rows, row_bytes)
+        self.is_scattered = point.placement == "random"
         self.page_size = 64 if point.placement == "contiguous" else 1
         pages = torch.arange(num_rows // self.page_size, device="cuda", dtype=torch.int32)
         if point.placement == "random":
@@ -140,7 +141,7 @@ def fused(bench: Bench, tuning: Tuning) -> Callable[[int], None]:
     def call(i: int) -> None:
         cuda_swap_in.launch_swap_in(
             tuning, *bench.arguments(i), bench.host_rows_NX, bench.device_rows_MX,
-            bench.page_size, RING_ROWS,
+            bench.page_size, RING_ROWS, bench.is_scattered,
         )  # fmt: skip
 
     return call
@@ -148,7 +149,9 @@ def fused(bench: Bench, tuning: Tuning) -> Callable[[int], None]:
 
 def two_launches(bench: Bench, tuning: Tuning) -> Callable[[int], None]:
     def call(i: int) -> None:
-        cuda_swap_in.launch_resolve(tuning, *bench.arguments(i), bench.page_size, RING_ROWS)
+        cuda_swap_in.launch_resolve(
+            tuning, *bench.arguments(i), bench.page_size, RING_ROWS, bench.is_scattered
+        )
         copy_only(bench, tuning)(i)
 
     return call
@@ -158,7 +161,7 @@ def copy_only(bench: Bench, tuning: Tuning) -> Callable[[int], None]:
     def call(i: int) -> None:
         cuda_swap_in.launch_copy(
             tuning, bench.host_rows_NX, bench.device_rows_MX, bench.miss_host_slot_BK,
-            bench.miss_device_row_BK, bench.num_misses_B,
+            bench.miss_device_row_BK, bench.num_misses_B, bench.is_scattered,
         )  # fmt: skip
 
     return call
@@ -266,18 +269,61 @@ def measure_link(host: torch.Tensor) -> dict[str, float]:
 
 
 VARIANTS: dict[str, tuple[Callable[..., Any], Tuning]] = {
-    **{f"fused ranks {n}": (fused, Tuning(num_ranks=n)) for n in (1, 2, 4, 8, 16)},
-    "fused sorted": (fused, Tuning(sort_misses=True)),
-    "fused unsorted": (fused, Tuning(sort_misses=False)),
-    **{f"two, {n} CTAs": (two_launches, Tuning(copy_ctas=n)) for n in (8, 16, 32, 64, 132)},
-    "two, 32 CTAs, sorted": (two_launches, Tuning(copy_ctas=32, sort_misses=True)),
-    "two, 32 CTAs, no PDL": (two_launches, Tuning(copy_ctas=32, is_dependent=False)),
+    "default": (fused, Tuning()),
+    **{
+        f"fused, {'eager' if eager else 'not eager'}": (fused, Tuning(is_eager=eager))
+        for eager in (False, True)
+    },
+    **{f"fused, {n} CTAs a row": (fused, Tuning(num_ranks=n)) for n in (1, 2, 4, 8, 16)},
+    "fused, unsorted": (fused, Tuning(num_ranks=1, sort_misses=False)),
+    "fused, sorted, 4 warps copy": (
+        fused,
+        Tuning(num_ranks=1, sort_misses=True, copy_warps=4),
+    ),
+    "two": (two_launches, Tuning()),
+    "two, not set up early": (two_launches, Tuning(is_dependent=False)),
+    "two, sliced": (two_launches, Tuning(sort_misses=True, is_sliced=True)),
+    "two, not sliced": (two_launches, Tuning(is_sliced=False)),
 }
 VARIANT_POINTS = (
-    (1, 0, "contiguous"), (32, 0, "contiguous"), (256, 0, "contiguous"), (1, 64, "contiguous"),
-    (1, 2048, "contiguous"), (8, 137, "contiguous"), (32, 64, "contiguous"),
-    (64, 137, "contiguous"), (64, 137, "random"), (256, 64, "contiguous"), (256, 64, "random"),
+    (1, 0, "contiguous"), (1, 64, "contiguous"), (8, 64, "contiguous"), (32, 0, "contiguous"),
+    (32, 16, "random"), (32, 137, "random"), (64, 137, "contiguous"), (64, 137, "random"),
+    (256, 64, "contiguous"), (256, 64, "random"),
 )  # fmt: skip
+
+
+def time_orders(bench: Bench, library: ctypes.CDLL) -> dict[str, float]:
+    """us of the plain gather with 64 CTAs, by the order of its list and the spread of its targets."""
+    batch, misses = bench.point.batch, bench.point.misses
+    bench.advance()
+    source_C, target = (part.clone() for part in bench.missed())
+    spread = torch.arange(batch, device="cuda")[:, None] * (HOT_ROWS + RING_ROWS)
+    spread = spread + torch.rand(batch, HOT_ROWS, device="cuda").argsort(1)[:, :misses]
+    orders = {
+        "by request": lambda x: x,
+        "by request, spread targets": lambda x: x,
+        "unsorted": lambda x: x[:, torch.randperm(x.shape[1], device="cuda")],
+        "sweeps side by side": lambda x: x.view(CALLS, batch, misses).mT.flatten(1),
+        "globally sorted": lambda x: x.sort(1).values,
+    }
+    rows = cuda_swap_in._plain_rows("flat", bench.host_rows_NX, bench.device_rows_MX)
+    results = {}
+    for name, order in orders.items():
+        chosen = spread.flatten() if "spread" in name else target
+        source = torch.empty_like(source_C)
+
+        def call(i: int, source: torch.Tensor = source, chosen: torch.Tensor = chosen) -> None:
+            library.flat_gather(
+                ctypes.c_void_p(source[i].data_ptr()), ctypes.c_void_p(chosen.data_ptr()),
+                chosen.numel(), ctypes.byref(rows), 64, cuda_swap_in._stream(chosen.device),
+            )  # fmt: skip
+
+        def before(source: torch.Tensor = source, order: Any = order) -> None:
+            bench.advance()
+            source.copy_(order(bench.missed()[0]))
+
+        results[f"flat {name}"] = statistics.median(time_graph(call, before))
+    return results
 
 
 def all_points() -> list[Point]:
@@ -326,7 +372,7 @@ def limit_of(result: dict[str, Any]) -> float | None:
     return {32: 6.0, 256: 10.0}.get(next(n for n in (32, 255, 256) if result["batch"] <= n))
 
 
-def run_variants(host: torch.Tensor, deadline: float) -> list[dict[str, Any]]:
+def run_variants(host: torch.Tensor, library: ctypes.CDLL, deadline: float) -> list[dict[str, Any]]:
     results = []
     for batch, misses, placement in VARIANT_POINTS:
         if time.monotonic() > deadline:
@@ -337,6 +383,8 @@ def run_variants(host: torch.Tensor, deadline: float) -> list[dict[str, Any]]:
             if tuning.num_ranks and tuning.num_ranks * batch > 512:
                 continue
             result[name] = time_ours(bench, make, tuning)["us"]
+        if misses:
+            result |= time_orders(bench, library)
         results.append(result)
         print(json.dumps(result), flush=True)
     return results
@@ -425,7 +473,7 @@ def main() -> None:
         "empty_us": empty_us,
     }
     print(json.dumps(report), flush=True)
-    report["variants"] = run_variants(host, deadline) if args.variants else []
+    report["variants"] = run_variants(host, flat, deadline) if args.variants else []
     peer = None if args.peer is None else _load_peer(args.peer)
     report["points"] = run_table(host, flat, peer, deadline)
     write_report(args.out, report)

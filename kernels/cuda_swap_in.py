@@ -6,14 +6,14 @@ stream. No allocation and no synchronisation, so every op may be captured into a
 `load` has run on the device. Ops keep no state; any thread may call them.
 
 Differences to the references, which a caller may not rely on: entries of a plan behind num_misses
-are left as they were; `swap_in` lists misses by ascending host slot where that speeds the copy up;
-seats must be distinct (not checked); a seat past S is flagged, FAULT_SEAT, and treated as padded.
+are left as they were; rows out of range are skipped; seats must be distinct (not checked); a seat past S is flagged, FAULT_SEAT, and treated as padded.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,13 @@ FAULT_SEAT = 8
 MAX_TOPK = 2048
 MAX_HOT_ROWS = 16384
 MAX_BATCH = 512
-_SORT_SPAN_BYTES = 1 << 30
+PLAIN_CTAS = 16
+SLICED_CTAS = 128
+SLICED_BATCH = 48
+SWEEP_BATCH = 24
+SWEEP_WARPS = 4
+COPY_WARPS = 16
+EAGER_BATCH = 32
 _POINTERS = 14
 
 
@@ -48,7 +54,7 @@ class ResolveParams(ctypes.Structure):
     ) + _fields(
         ctypes.c_int32,
         "batch topk num_seats hot_rows num_positions num_pages page_shift ring_rows "
-        "seq_lens_are_64 seats_are_64 num_ranks sort_misses",
+        "seq_lens_are_64 seats_are_64 rank_shift copy_warps sort_misses is_eager",
     )
 
 
@@ -79,15 +85,21 @@ class Tuning:
 
     Attributes:
         num_ranks: CTAs a batch row of `swap_in`: 1, 2, 4, 8 or 16.
+        copy_warps: warps of such a CTA that copy, 1 to 16.
         sort_misses: whether plans are listed by ascending host slot.
         copy_ctas: CTAs of the copy kernel.
+        is_sliced: the copy kernel gives each CTA a slice of the host rows; needs a sorted plan.
+        is_eager: resolve loads what misses need before it knows of any: quicker at small batch.
         is_dependent: the copy kernel may be set up while its predecessor runs.
     """
 
     num_ranks: int | None = None
+    copy_warps: int | None = None
     sort_misses: bool | None = None
-    copy_ctas: int = 32
-    is_dependent: bool = True
+    copy_ctas: int | None = None
+    is_sliced: bool | None = None
+    is_eager: bool | None = None
+    is_dependent: bool | None = None
 
 
 DEFAULT_TUNING = Tuning()
@@ -103,17 +115,22 @@ def load(device: torch.device, cache_dir: Path | None = None) -> None:
 
 def resolve(*args: Any) -> None:
     """tidepool::resolve on CUDA; arguments of kernels/resolve.py, in its order."""
-    launch_resolve(DEFAULT_TUNING, *args)
+    launch_resolve(DEFAULT_TUNING, *_filled(args, 17))
 
 
 def swap_in(*args: Any) -> None:
     """tidepool::swap_in on CUDA; arguments of kernels/swap_in.py, in its order."""
-    launch_swap_in(DEFAULT_TUNING, *args)
+    launch_swap_in(DEFAULT_TUNING, *_filled(args, 19))
 
 
 def load_cache_to_device_buffer(*args: Any) -> None:
     """tidepool::load_cache_to_device_buffer on CUDA; arguments of kernels/swap_in.py."""
-    launch_copy(DEFAULT_TUNING, *args)
+    launch_copy(DEFAULT_TUNING, *_filled(args, 6))
+
+
+def _filled(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The arguments with is_scattered, which the dispatcher leaves out where it is the default."""
+    return args if len(args) == count else (*args, False)
 
 
 def load_v4_cache_to_device_buffer(
@@ -127,11 +144,14 @@ def load_v4_cache_to_device_buffer(
     """tidepool::load_v4_cache_to_device_buffer on CUDA; arguments of kernels/swap_in_v4.py."""
     op = "load_v4_cache_to_device_buffer"
     rows = _paged_rows(op, host_pages_PX, device_pages_QX, page_size)
-    _launch_plan(op, DEFAULT_TUNING, rows, miss_host_slot_BK, miss_device_row_BK, num_misses_B)
+    _launch_plan(
+        op, Tuning(is_sliced=False), rows, miss_host_slot_BK, miss_device_row_BK, num_misses_B
+    )
 
 
 def launch_resolve(tuning: Tuning, *args: Any) -> None:
-    params, device = _resolve_params("resolve", tuning, args, 0)
+    *args, is_scattered = args
+    params, device = _resolve_params("resolve", tuning, args, 1, is_scattered)
     if params.batch:
         library = _library(_index(device), None)
         code = library.tidepool_resolve(ctypes.byref(params), _stream(device))
@@ -139,10 +159,17 @@ def launch_resolve(tuning: Tuning, *args: Any) -> None:
 
 
 def launch_swap_in(tuning: Tuning, *args: Any) -> None:
-    *tensors, host_rows_NX, device_rows_MX, page_size, ring_rows = args
-    params, device = _resolve_params(
-        "swap_in", tuning, (*tensors, page_size, ring_rows), host_rows_NX.nbytes
-    )
+    *tensors, host_rows_NX, device_rows_MX, page_size, ring_rows, is_scattered = args
+    resolve_args = (*tensors, page_size, ring_rows)
+    batch = tensors[0].shape[0]
+    if tuning.num_ranks is None and is_sliced(batch, host_rows_NX, is_scattered):
+        launch_resolve(tuning, *resolve_args, is_scattered)
+        launch_copy(tuning, host_rows_NX, device_rows_MX, *tensors[10:13], is_scattered)
+        return
+    num_ranks = tuning.num_ranks or choose_ranks(batch, tensors[0].device)
+    if tuning.sort_misses is None and sweeps(batch, host_rows_NX, is_scattered):
+        tuning = replace(tuning, sort_misses=True, copy_warps=tuning.copy_warps or SWEEP_WARPS)
+    params, device = _resolve_params("swap_in", tuning, resolve_args, num_ranks, False)
     rows = _plain_rows("swap_in", host_rows_NX, device_rows_MX)
     if params.batch:
         library = _library(_index(device), None)
@@ -157,9 +184,13 @@ def launch_copy(
     miss_host_slot_BK: Tensor,
     miss_device_row_BK: Tensor,
     num_misses_B: Tensor,
+    is_scattered: bool,
 ) -> None:
     op = "load_cache_to_device_buffer"
     rows = _plain_rows(op, host_rows_NX, device_rows_MX)
+    if tuning.is_sliced is None:
+        sliced = is_sliced(num_misses_B.shape[0], host_rows_NX, is_scattered)
+        tuning = replace(tuning, is_sliced=sliced)
     _launch_plan(op, tuning, rows, miss_host_slot_BK, miss_device_row_BK, num_misses_B)
 
 
@@ -191,20 +222,23 @@ def _launch_plan(
     )
     device = num_misses_B.device
     library = _library(_index(device), None)
+    # Set up early, CTAs land where room is left, not evenly: worth it only while the launch counts.
+    is_dependent = batch < 32 if tuning.is_dependent is None else tuning.is_dependent
     code = library.tidepool_copy_plan(
         ctypes.byref(plan),
         ctypes.byref(rows),
-        tuning.copy_ctas,
-        int(tuning.is_dependent and _has_clusters(device)),
+        tuning.copy_ctas or (SLICED_CTAS if tuning.is_sliced else PLAIN_CTAS),
+        int(bool(tuning.is_sliced)),
+        int(_has_clusters(device) and is_dependent),
         _stream(device),
     )
     _raise_if(op, library, code, plan, rows)
 
 
 def _resolve_params(
-    op: str, tuning: Tuning, args: tuple[Any, ...], host_bytes: int
+    op: str, tuning: Tuning, args: Sequence[Any], num_ranks: int, is_scattered: bool
 ) -> tuple[ResolveParams, torch.device]:
-    """`args`: what resolve takes; host_bytes: of one layer of the host pool, 0 if not known."""
+    """`args`: what resolve takes, without is_scattered."""
     *tensors, page_size, ring_rows = args
     topk_idx_BK, seq_lens_B, seats_B, page_table_SP = tensors[:4]
     position_of_slot_SH, slot_of_position_SC = tensors[5:7]
@@ -217,8 +251,11 @@ def _resolve_params(
             f"{op}: batch {batch}, top-k {topk}, hot rows {hot_rows}; expected at most "
             f"{MAX_BATCH}, 1 to {MAX_TOPK}, 1 to {MAX_HOT_ROWS}"
         )
-    if page_size & (page_size - 1):
-        raise KernelError(f"{op}: page size {page_size}, expected a power of two")
+    if page_size & (page_size - 1) or not page_table_SP.shape[1]:
+        raise KernelError(
+            f"{op}: page size {page_size}, page table {list(page_table_SP.shape)}; expected a power "
+            "of two, and at least one page"
+        )
     if slot_of_position_SC.dtype != torch.int32:
         raise KernelError(
             f"{op}: slot_of_position_SC is {slot_of_position_SC.dtype}, expected torch.int32"
@@ -239,22 +276,29 @@ def _resolve_params(
         ring_rows,
         seq_lens_B.dtype == torch.int64,
         seats_B.dtype == torch.int64,
-        1 if not host_bytes else tuning.num_ranks or choose_ranks(batch, device),
-        choose_sort(batch, host_bytes) if tuning.sort_misses is None else tuning.sort_misses,
+        num_ranks.bit_length() - 1,
+        tuning.copy_warps or COPY_WARPS,
+        is_scattered if tuning.sort_misses is None else tuning.sort_misses,
+        batch <= EAGER_BATCH if tuning.is_eager is None else tuning.is_eager,
     )
     return params, device
 
 
 def choose_ranks(batch: int, device: torch.device) -> int:
-    """CTAs a row of `swap_in`: enough in all to keep the link busy, one a row at large batch."""
+    """CTAs a row of `swap_in`: up to 64 in all keep the link busy, more only cost their start."""
     if not _has_clusters(device):
         return 1
-    return 8 if batch <= 8 else 4 if batch <= 32 else 2 if batch <= 64 else 1
+    return 16 if batch <= 4 else 8 if batch <= 8 else 4 if batch <= 16 else 2 if batch <= 32 else 1
 
 
-def choose_sort(batch: int, host_bytes: int) -> bool:
-    """Address order pays where a launch's rows span more than the link's address translation holds."""
-    return batch >= 16 and host_bytes > _SORT_SPAN_BYTES
+def is_sliced(batch: int, host_rows_NX: Tensor, is_scattered: bool) -> bool:
+    """Whether a launch's rows span more than the link's address translation holds at one time."""
+    return is_scattered and batch >= SLICED_BATCH and host_rows_NX.nbytes > 1 << 30
+
+
+def sweeps(batch: int, host_rows_NX: Tensor, is_scattered: bool) -> bool:
+    """Whether rows in address order, few at a time, beat many at once: scattered, middle batches."""
+    return is_scattered and batch >= SWEEP_BATCH and host_rows_NX.nbytes > 1 << 30
 
 
 def _plain_rows(op: str, host_rows_NX: Tensor, device_rows_MX: Tensor) -> CopyParams:

@@ -53,6 +53,7 @@ def resolve(
     fault_B: Tensor,
     page_size: int,
     ring_rows: int,
+    is_scattered: bool = False,
 ) -> None:
     """Resolves the top-k of B sequences and updates the tables of their seats.
 
@@ -81,6 +82,8 @@ def resolve(
             changes no table; the other entries of the row are resolved.
         page_size: tokens a host page.
         ring_rows: rows of a seat's ring.
+        is_scattered: the host pages lie all over the pool rather than in long runs: misses are
+            listed by ascending host slot, for a copy that goes through the pool in order.
 
     A padded row writes -1 and 0 into the outputs and touches no table. Raises KernelError on
     mismatching tensors, a seat past S, or a seat that occurs twice.
@@ -102,7 +105,7 @@ def resolve(
         fault_B,
     )
     check_resolve("resolve", *tensors, page_size, ring_rows)
-    _op(*tensors, page_size, ring_rows)
+    _op(*tensors, page_size, ring_rows, is_scattered)
 
 
 def check_resolve(
@@ -166,6 +169,7 @@ def _resolve(
     fault_B: Tensor,
     page_size: int,
     ring_rows: int,
+    is_scattered: bool = False,
 ) -> None:
     seats = seats_B.tolist()
     real = [seat for seat in seats if seat >= 0]
@@ -189,6 +193,9 @@ def _resolve(
             continue
         view = _Seat(*(table[seat] for table in tables), ring_starts[seat], ring_rows, step)
         hot, slots, misses, faults[row] = view.resolve(topk[row], lengths[row], page_size)
+        if is_scattered:
+            order = np.argsort(misses)
+            slots, misses = slots[order], misses[order]
         base, count = seat * base_stride, misses.size
         hot_idx[row] = np.where(hot >= 0, hot + base, -1)
         host_slots[row, :count] = misses

@@ -26,6 +26,7 @@ def load_cache_to_device_buffer(
     miss_host_slot_BK: Tensor,
     miss_device_row_BK: Tensor,
     num_misses_B: Tensor,
+    is_scattered: bool = False,
 ) -> None:
     """device_rows[miss_device_row[b, i]] = host_rows[miss_host_slot[b, i]] for i < num_misses[b].
 
@@ -36,8 +37,10 @@ def load_cache_to_device_buffer(
         miss_host_slot_BK: int64 [B, K], compact; entries at num_misses and behind are not read.
         miss_device_row_BK: int64 [B, K], likewise; device rows are distinct.
         num_misses_B: int32 [B].
+        is_scattered: as it was given to the `resolve` or `swap_in` that made the plan, for the same
+            batch and pool.
 
-    Raises KernelError on mismatching tensors, counts beyond K or rows out of range.
+    Raises KernelError on mismatching tensors, (CPU) counts beyond K or rows out of range.
     """
     arguments = Arguments("load_cache_to_device_buffer")
     arguments.check("host_rows_NX", host_rows_NX, BYTES, None, "X", is_anywhere=True)
@@ -45,7 +48,14 @@ def load_cache_to_device_buffer(
     arguments.check("miss_host_slot_BK", miss_host_slot_BK, INT64, "B", "K")
     arguments.check("miss_device_row_BK", miss_device_row_BK, INT64, "B", "K")
     arguments.check("num_misses_B", num_misses_B, INT32, "B")
-    _op(host_rows_NX, device_rows_MX, miss_host_slot_BK, miss_device_row_BK, num_misses_B)
+    _op(
+        host_rows_NX,
+        device_rows_MX,
+        miss_host_slot_BK,
+        miss_device_row_BK,
+        num_misses_B,
+        is_scattered,
+    )
 
 
 def _load_cache_to_device_buffer(
@@ -54,6 +64,7 @@ def _load_cache_to_device_buffer(
     miss_host_slot_BK: Tensor,
     miss_device_row_BK: Tensor,
     num_misses_B: Tensor,
+    is_scattered: bool = False,
 ) -> None:
     counts = num_misses_B.tolist()
     if not any(counts):
@@ -94,11 +105,12 @@ def swap_in(
     device_rows_MX: Tensor,
     page_size: int,
     ring_rows: int,
+    is_scattered: bool = False,
 ) -> None:
     """`resolve`, then `load_cache_to_device_buffer` of its plan: arguments of both, in that order.
 
-    The plan is left behind for the other layers of the group; its order within a row is not
-    specified here. On CUDA a host slot past N is a hole.
+    The plan is left behind for the other layers of the group, in an order of the op's choice within
+    a row. On CUDA a host slot past N is a hole.
     """
     tensors = (
         topk_idx_BK,
@@ -119,7 +131,7 @@ def swap_in(
     arguments = check_resolve("swap_in", *tensors, page_size, ring_rows)
     arguments.check("host_rows_NX", host_rows_NX, BYTES, None, "X", is_anywhere=True)
     arguments.check("device_rows_MX", device_rows_MX, BYTES, None, "X")
-    _swap_in_op(*tensors, host_rows_NX, device_rows_MX, page_size, ring_rows)
+    _swap_in_op(*tensors, host_rows_NX, device_rows_MX, page_size, ring_rows, is_scattered)
 
 
 def _swap_in(
@@ -141,6 +153,7 @@ def _swap_in(
     device_rows_MX: Tensor,
     page_size: int,
     ring_rows: int,
+    is_scattered: bool = False,
 ) -> None:
     plan = miss_host_slot_BK, miss_device_row_BK, num_misses_B
     resolve_rows(
@@ -158,8 +171,9 @@ def _swap_in(
         fault_B,
         page_size,
         ring_rows,
+        is_scattered,
     )
-    load_cache_to_device_buffer(host_rows_NX, device_rows_MX, *plan)
+    load_cache_to_device_buffer(host_rows_NX, device_rows_MX, *plan, is_scattered)
 
 
 _swap_in_op = cpu_op(

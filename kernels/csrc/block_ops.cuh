@@ -18,7 +18,7 @@ __device__ __forceinline__ unsigned warp_sum(unsigned value) {
 #endif
 }
 
-__device__ __forceinline__ int warp_min(int value) {
+__device__ __forceinline__ unsigned warp_min(unsigned value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     return __reduce_min_sync(kFullMask, value);
 #else
@@ -57,19 +57,20 @@ struct WarpWords {
     __device__ unsigned before(int warp, int lane) const { return warp_sum(get(warp, lane)); }
 };
 
-// All CTAs of a batch row have read the tables: `cluster_arrive` after the last read,
-// `cluster_wait` before the first write. Nothing for a row with one CTA.
-__device__ __forceinline__ void cluster_arrive(int num_ranks) {
+// All CTAs of a batch row have read the tables: `cluster_arrive` after the last value read has been
+// used, `cluster_wait` before the first write. Nothing is passed between CTAs, so the arrival needs
+// no fence (a releasing one waits for every store before it, a microsecond).
+__device__ __forceinline__ void cluster_arrive(bool is_cluster) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (num_ranks > 1) {
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    if (is_cluster) {
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     }
 #endif
 }
 
-__device__ __forceinline__ void cluster_wait(int num_ranks) {
+__device__ __forceinline__ void cluster_wait(bool is_cluster) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (num_ranks > 1) {
+    if (is_cluster) {
         asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     }
 #endif

@@ -44,8 +44,10 @@ struct ResolveParams {
     int32_t ring_rows;          // R
     int32_t seq_lens_are_64;    // seq_lens is int64
     int32_t seats_are_64;       // seats is int64
-    int32_t num_ranks;          // CTAs a batch row: each resolves the row, the copy is shared
+    int32_t rank_shift;         // log2 of the CTAs a batch row: each resolves it, they share the copy
+    int32_t copy_warps;         // warps of a CTA that copy
     int32_t sort_misses;        // list misses by ascending host slot where they do not come so
+    int32_t is_eager;           // load what misses need before it is known that there are any
 };
 
 // Where the rows of one layer are. Plain rows: row i at i * value_bytes. Paged rows (DeepSeek-V4):

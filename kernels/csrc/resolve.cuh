@@ -8,7 +8,8 @@
 // 2. none missing: write and leave. The usual end of a row.
 // 3. first one  where the row is not strictly ascending, a hash table keeps the first of equals
 // 4. threshold  the smallest T such that enough slots have key <= T; key = last_use, -1 if the slot
-//               is empty, "never" if this step uses it. Exact LRU, found by 4-way search
+//               is empty, "never" if this step uses it. Exact LRU; the search gallops up from the
+//               oldest key, where the answer usually is
 // 5. victims    all slots below T and the lowest at T, handed to the misses in slot order
 // 6. write      tables, hot_idx, plan
 //
@@ -57,10 +58,14 @@ struct RowResolver {
     int32_t* slot_of_position;  // [C]
     int32_t* last_use;          // [H]
     int position[kEntries];
+    int behind_last;       // the entry behind the warp's last
     int result[kEntries];  // row within the seat, kNone or kMiss
+    int first_miss;        // misses of the row before the thread's entries
     int miss[kEntries];    // index of the entry's miss in the plan; before: see keep_first
     int key[kSlots];
+    int held[kSlots];      // position in the slot
     unsigned fault = 0;
+    bool has_arrived = false;  // at the cluster's barrier
 
     __device__ RowResolver(const ResolveParams& params, char* smem_raw, int row, int rank)
         : p(params), layout(params.topk, params.hot_rows), smem(smem_raw), row(row), rank(rank) {}
@@ -85,22 +90,43 @@ struct RowResolver {
             write_row(0);
             return 0;
         }
+        int host_slot[kEntries];
+        if (p.is_eager) {
+            load_host_pages(host_slot);
+            load_slots();
+        }
         look_up();
+        if (!p.is_eager) {
+            note_fault();
+            if (!__syncthreads_or(has_miss())) {
+                write_row(0);
+                return 0;
+            }
+            load_host_pages(host_slot);
+            load_slots();
+        }
+        find_host_slots(num_host_rows, host_slot);
+        note_fault();
+        publish_lowest_use();
         bool is_ascending;
-        if (count_candidates(is_ascending) == 0) {
+        int num_misses = count_misses(words(0), is_in_order(), is_ascending);
+        if (num_misses == 0) {
             write_row(0);
             return 0;
         }
-        int host_slot[kEntries];
-        find_host_slots(num_host_rows, host_slot);
-        load_keys();
+        make_keys();
         if (!is_ascending) {
             keep_first();
+            bool is_always_true;
+            num_misses = count_misses(words(1), true, is_always_true);
         }
-        const int num_misses = rank_misses(host_slot, is_ascending);
-        cluster_arrive(p.num_ranks);
+        list_misses(host_slot, is_ascending);
+        cluster_arrive(p.rank_shift > 0);
+        has_arrived = p.rank_shift > 0;
         const int num_victims = choose_victims(num_misses);
-        take_victims(num_victims);
+        if (rank == 0) {
+            take_victims(num_victims);
+        }
         if (p.sort_misses) {
             sort_plan(num_victims);
         }
@@ -118,7 +144,10 @@ struct RowResolver {
         if (tid == 0) {
             *at<uint32_t>(layout.flags) = 0;
         }
-        load_entries(p.topk_idx + static_cast<int64_t>(row) * p.topk);
+        const int32_t* topk_idx = p.topk_idx + static_cast<int64_t>(row) * p.topk;
+        load_entries(topk_idx);
+        const int behind = tid * kEntries + kEntries;
+        behind_last = lane == kWarpSize - 1 && behind < p.topk ? topk_idx[behind] : kNone;
         const int64_t seat_64 = load_index(p.seats, p.seats_are_64, row);
         const int64_t seq_len = load_index(p.seq_lens, p.seq_lens_are_64, row);
         step = *p.step;
@@ -162,18 +191,19 @@ struct RowResolver {
             const bool is_valid = position[e] >= 0 && position[e] < end;
             result[e] = is_valid ? slot_of_position[position[e]] : kNone;
         }
+        const int ring_at = ring_start % p.ring_rows;  // ring row of ring_start
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
             const int pos = position[e];
-            // Ring positions run from ring_start to ring_start + R - 1.
-            const bool is_past = pos >= end || (pos >= ring_start && pos - ring_start >= p.ring_rows);
+            const int in_ring = pos - ring_start;  // 0 .. R - 1 in the ring
             if (pos == kNone) {
                 result[e] = kNone;
-            } else if (pos < 0 || is_past) {
+            } else if (pos < 0 || pos >= end || in_ring >= p.ring_rows) {
                 result[e] = kNone;
                 fault |= kFaultPosition;
-            } else if (pos >= ring_start) {
-                result[e] = p.hot_rows + pos % p.ring_rows;
+            } else if (in_ring >= 0) {
+                const int at = ring_at + in_ring;
+                result[e] = p.hot_rows + (at >= p.ring_rows ? at - p.ring_rows : at);
             } else if (static_cast<unsigned>(result[e]) < static_cast<unsigned>(p.hot_rows)) {
                 atomicOr(&used()[result[e] / 32], 1u << (result[e] % 32));
                 if (rank == 0) {
@@ -185,29 +215,46 @@ struct RowResolver {
         }
     }
 
-    // Entries that are not resident, repetitions included; barrier inside.
-    __device__ int count_candidates(bool& is_ascending) {
-        const int next = __shfl_down_sync(kFullMask, position[0], 1);
-        bool is_in_order = true;
-        unsigned count = 0;
+    __device__ bool has_miss() const {
+        bool has = false;
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
-            int behind = e + 1 < kEntries ? position[(e + 1) % kEntries] : next;
-            const int k = tid * kEntries + e;
-            if (e + 1 == kEntries && lane == kWarpSize - 1) {
-                behind = k + 1 < p.topk
-                             ? p.topk_idx[static_cast<int64_t>(row) * p.topk + k + 1]
-                             : kNone;
-            }
-            is_in_order &= behind == kNone || (position[e] != kNone && position[e] < behind);
-            count += __popc(__ballot_sync(kFullMask, result[e] == kMiss));
+            has |= result[e] == kMiss;
         }
-        const bool is_warp_in_order = __all_sync(kFullMask, is_in_order);
-        words(0).put(warp, lane, count | (is_warp_in_order ? 0u : 1u << 16));
-        note_fault();
+        return has;
+    }
+
+    // Whether the thread's entries and the one behind ascend strictly, kNone only at the end.
+    __device__ bool is_in_order() const {
+        const int next = __shfl_down_sync(kFullMask, position[0], 1);
+        bool is = true;
+#pragma unroll
+        for (int e = 0; e < kEntries; ++e) {
+            const int behind = e + 1 < kEntries         ? position[(e + 1) % kEntries]
+                               : lane + 1 < kWarpSize ? next
+                                                      : behind_last;
+            is &= behind == kNone || (position[e] != kNone && position[e] < behind);
+        }
+        return is;
+    }
+
+    // Entries that are misses in the block, and before the thread (first_miss); `all`: whether `each`
+    // holds everywhere. Barrier inside.
+    __device__ int count_misses(WarpWords buffer, bool each, bool& all) {
+        const unsigned lower_lanes = (1u << lane) - 1;
+        unsigned count = 0;
+        first_miss = 0;
+#pragma unroll
+        for (int e = 0; e < kEntries; ++e) {
+            const unsigned ballot = __ballot_sync(kFullMask, result[e] == kMiss);
+            count += __popc(ballot);
+            first_miss += __popc(ballot & lower_lanes);
+        }
+        buffer.put(warp, lane, count | (__all_sync(kFullMask, each) ? 0u : 1u << 16));
         __syncthreads();
-        const unsigned total = words(0).total(kWarps, lane);
-        is_ascending = total < (1u << 16);
+        const unsigned total = buffer.total(kWarps, lane);
+        first_miss += static_cast<int>(buffer.before(warp, lane) & 0xffffu);
+        all = total < (1u << 16);
         return static_cast<int>(total & 0xffffu);
     }
 
@@ -219,60 +266,85 @@ struct RowResolver {
         }
     }
 
-    __device__ void find_host_slots(int64_t num_host_rows, int (&host_slot)[kEntries]) {
+    // Loads that a row with misses waits for: in flight together, used later.
+    __device__ void load_host_pages(int (&host_page)[kEntries]) const {
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
-            const int page = position[e] >> p.page_shift;
-            host_slot[e] =
-                result[e] == kMiss && page < p.num_pages ? page_table[page] : kNone;
+            host_page[e] = page_table[is_page(e) ? position[e] >> p.page_shift : 0];
         }
+    }
+
+    __device__ bool is_page(int e) const {
+        return position[e] >= 0 && position[e] >> p.page_shift < p.num_pages;
+    }
+
+    // last_use into key, positions into held; anything where the thread has no slot.
+    __device__ void load_slots() {
+        const int first = tid * kSlots;
+        if (p.hot_rows % 4 == 0 && (reinterpret_cast<uint64_t>(p.last_use) |
+                                    reinterpret_cast<uint64_t>(p.position_of_slot)) % 16 == 0) {
+#pragma unroll
+            for (int s = 0; s < kSlots; s += 4) {
+                const int at = first + s < p.hot_rows ? first + s : 0;
+                const int4 use = *reinterpret_cast<const int4*>(last_use + at);
+                const int4 hold = *reinterpret_cast<const int4*>(position_of_slot + at);
+                key[s] = use.x;
+                key[s + 1] = use.y;
+                key[s + 2] = use.z;
+                key[s + 3] = use.w;
+                held[s] = hold.x;
+                held[s + 1] = hold.y;
+                held[s + 2] = hold.z;
+                held[s + 3] = hold.w;
+            }
+            return;
+        }
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+            const int at = first + s < p.hot_rows ? first + s : 0;
+            key[s] = last_use[at];
+            held[s] = position_of_slot[at];
+        }
+    }
+
+    __device__ void find_host_slots(int64_t num_host_rows, int (&host_slot)[kEntries]) {
         const int in_page = (1 << p.page_shift) - 1;
         const int64_t limit = min(num_host_rows, int64_t{INT_MAX});
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
-            const int64_t slot = static_cast<int64_t>(host_slot[e]) << p.page_shift;
-            const int offset = position[e] & in_page;
-            if (result[e] == kMiss && (host_slot[e] < 0 || slot + offset >= limit)) {
-                result[e] = kNone;
-                fault |= kFaultHole;
+            if (result[e] == kMiss) {
+                const int64_t slot = (static_cast<int64_t>(host_slot[e]) << p.page_shift) |
+                                     (position[e] & in_page);
+                if (!is_page(e) || host_slot[e] < 0 || slot >= limit) {
+                    result[e] = kNone;
+                    fault |= kFaultHole;
+                }
+                host_slot[e] = static_cast<int>(slot);
             }
-            host_slot[e] = static_cast<int>(slot) | offset;
         }
     }
 
-    __device__ void load_keys() {
-        const int first = tid * kSlots;
-        const bool is_wide = p.hot_rows % 4 == 0 &&
-                             (reinterpret_cast<uint64_t>(p.last_use) |
-                              reinterpret_cast<uint64_t>(p.position_of_slot)) % 16 == 0;
-        if (is_wide) {
-#pragma unroll
-            for (int s = 0; s < kSlots; s += 4) {
-                int4 use = {kNeverEvict, kNeverEvict, kNeverEvict, kNeverEvict};
-                int4 held = {0, 0, 0, 0};
-                if (first + s < p.hot_rows) {
-                    use = *reinterpret_cast<const int4*>(last_use + first + s);
-                    held = *reinterpret_cast<const int4*>(position_of_slot + first + s);
-                }
-                key[s] = held.x < 0 ? -1 : use.x;
-                key[s + 1] = held.y < 0 ? -1 : use.y;
-                key[s + 2] = held.z < 0 ? -1 : use.z;
-                key[s + 3] = held.w < 0 ? -1 : use.w;
-            }
-        } else {
-#pragma unroll
-            for (int s = 0; s < kSlots; ++s) {
-                const bool is_slot = first + s < p.hot_rows;
-                key[s] = !is_slot                             ? kNeverEvict
-                         : position_of_slot[first + s] < 0 ? -1
-                                                              : last_use[first + s];
-            }
-        }
+    // A lower bound of the keys of slots that are not empty.
+    __device__ void publish_lowest_use() {
+        int low = kNeverEvict - 1;
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
-            const int slot = first + s;
-            const bool is_used = slot >= p.hot_rows || (used()[slot / 32] >> (slot % 32) & 1u);
-            key[s] = is_used || key[s] == step ? kNeverEvict : key[s];
+            low = held[s] < 0 ? low : min(low, key[s]);
+        }
+        words(2).put(warp, lane, warp_min(static_cast<unsigned>(max(low, 0))));
+    }
+
+    __device__ void make_keys() {
+        static_assert(32 % kSlots == 0, "a thread's bits are in one word");
+        const int first = tid * kSlots;
+        const unsigned used_bits =
+            first < p.hot_rows ? used()[first / 32] >> (first % 32) : 0u;
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+            const bool is_used =
+                (used_bits >> s & 1u) != 0 || key[s] == step || first + s >= p.hot_rows;
+            const bool is_empty = held[s] < 0 && first + s < p.hot_rows;
+            key[s] = is_empty ? -1 : is_used ? kNeverEvict : key[s];
         }
     }
 
@@ -281,6 +353,7 @@ struct RowResolver {
     __device__ void keep_first() {
         int32_t* table = at<int32_t>(layout.scratch);
         int32_t* position_of_entry = table + layout.table_size;
+#pragma unroll 1
         for (int i = tid; i < layout.table_size; i += kThreads) {
             table[i] = INT_MAX;
         }
@@ -294,7 +367,8 @@ struct RowResolver {
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
             if (result[e] == kMiss) {
-                miss[e] = insert(table, position_of_entry, tid * kEntries + e, position[e]);
+                miss[e] = insert(table, position_of_entry, tid * kEntries + e, position[e],
+                                 layout.table_size);
             }
         }
         __syncthreads();
@@ -307,10 +381,11 @@ struct RowResolver {
     }
 
     // Puts entry k into the table; of entries with one position the lowest stays. Returns its place.
-    __device__ int insert(int32_t* table, const int32_t* position_of_entry, int k, int pos) const {
+    __device__ __noinline__ static int insert(int32_t* table, const int32_t* position_of_entry, int k, int pos,
+                                              int table_size) {
         unsigned place = static_cast<unsigned>(pos) * 2654435761u >> 16;
         while (true) {
-            place &= layout.table_size - 1;
+            place &= table_size - 1;
             const int other = atomicCAS(&table[place], INT_MAX, k);
             if (other == INT_MAX) {
                 return static_cast<int>(place);
@@ -323,22 +398,9 @@ struct RowResolver {
         }
     }
 
-    // Numbers the misses in the order of the row and lists their host slots; barrier inside.
-    __device__ int rank_misses(const int (&host_slot)[kEntries], bool is_ascending) {
-        const unsigned lower_lanes = (1u << lane) - 1;
-        unsigned count = 0;
-        int index = 0;
-#pragma unroll
-        for (int e = 0; e < kEntries; ++e) {
-            const unsigned ballot = __ballot_sync(kFullMask, result[e] == kMiss);
-            count += __popc(ballot);
-            index += __popc(ballot & lower_lanes);
-        }
-        words(1).put(warp, lane, count);
-        publish_keys();
-        note_fault();
-        __syncthreads();
-        index += words(1).before(warp, lane);
+    // Numbers the misses in the order of the row and lists their host slots.
+    __device__ void list_misses(const int (&host_slot)[kEntries], bool is_ascending) {
+        int index = first_miss;
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
             if (result[e] == kMiss) {
@@ -349,38 +411,13 @@ struct RowResolver {
                 miss[e] = index++;
             }
         }
-        return static_cast<int>(words(1).total(kWarps, lane));
     }
 
-    // Counts of empty and of evictable slots, lowest and highest key of the non-empty ones.
-    __device__ void publish_keys() {
-        unsigned counts = 0;
-        int low = INT_MAX;
-        int high = -1;
-#pragma unroll
-        for (int s = 0; s < kSlots; ++s) {
-            const bool is_evictable = key[s] != kNeverEvict;
-            counts += (key[s] < 0 ? 1u : 0u) + (is_evictable ? 1u << 16 : 0u);
-            low = key[s] >= 0 ? min(low, key[s]) : low;
-            high = is_evictable ? max(high, key[s]) : high;
-        }
-        words(2).put(warp, lane, warp_sum(counts));
-        words(3).put(warp, lane, static_cast<unsigned>(warp_min(low)));
-        words(4).put(warp, lane, static_cast<unsigned>(-warp_min(-high)));
-    }
-
-    // Lists up to `wanted` victims in slot order and forgets their positions; returns how many.
+    // Lists up to `wanted` victims in slot order; rank 0 forgets their positions. Returns how many.
     // Barriers inside and at the end.
     __device__ int choose_victims(int wanted) {
-        const unsigned counts = words(2).total(kWarps, lane);
-        const int num_empty = static_cast<int>(counts & 0xffffu);
-        const int num_victims = min(wanted, static_cast<int>(counts >> 16));
-        int threshold = -1;
-        if (num_empty < num_victims) {
-            const int low = lane < kWarps ? static_cast<int>(words(3).words[lane]) : INT_MAX;
-            const int high = lane < kWarps ? static_cast<int>(words(4).words[lane]) : -1;
-            threshold = find_threshold(warp_min(low), -warp_min(-high), num_victims);
-        }
+        const unsigned low = lane < kWarps ? words(2).words[lane] : unsigned{kNeverEvict - 1};
+        const int threshold = find_threshold(static_cast<int>(warp_min(low)), wanted);
         unsigned own = 0;  // slots below the threshold, slots at it << 16
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
@@ -388,44 +425,52 @@ struct RowResolver {
         }
         const unsigned inclusive = warp_inclusive_sum(own, lane);
         if (lane == kWarpSize - 1) {
-            words(5).words[warp] = inclusive;
+            words(3).words[warp] = inclusive;
         }
         __syncthreads();
-        const unsigned before = words(5).before(warp, lane) + inclusive - own;
-        const int num_at =
-            num_victims - static_cast<int>(words(5).total(kWarps, lane) & 0xffffu);
-        list_victims(threshold, before & 0xffffu, before >> 16, num_at);
+        const unsigned before = words(3).before(warp, lane) + inclusive - own;
+        const unsigned total = words(3).total(kWarps, lane);
+        const int num_below = static_cast<int>(total & 0xffffu);
+        const int num_victims = min(wanted, num_below + static_cast<int>(total >> 16));
+        list_victims(threshold, before & 0xffffu, before >> 16, num_victims - num_below);
         __syncthreads();
         return num_victims;
     }
 
     __device__ void list_victims(int threshold, int num_below, int num_equal, int max_equal) {
-        cluster_wait(p.num_ranks);
+        int index = num_below + min(num_equal, max_equal);
+        unsigned victims = 0;
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
-            const bool is_below = key[s] < threshold;
             const bool is_equal = key[s] == threshold;
-            if (is_below || (is_equal && num_equal < max_equal)) {
-                const int slot = tid * kSlots + s;
-                victim()[num_below + min(num_equal, max_equal)] = static_cast<uint16_t>(slot);
-                if (rank == 0 && key[s] >= 0) {
-                    slot_of_position[position_of_slot[slot]] = kNone;
+            const bool is_victim = key[s] < threshold || (is_equal && num_equal < max_equal);
+            num_equal += is_equal ? 1 : 0;
+            victims |= is_victim ? 1u << s : 0u;
+        }
+        if (rank == 0) {
+            cluster_wait(p.rank_shift > 0);
+#pragma unroll
+            for (int s = 0; s < kSlots; ++s) {
+                if ((victims >> s & 1u) != 0 && held[s] >= 0) {
+                    slot_of_position[held[s]] = kNone;
                 }
             }
-            num_below += is_below ? 1 : 0;
-            num_equal += is_equal ? 1 : 0;
+        }
+#pragma unroll 1
+        while (victims != 0) {
+            victim()[index++] = static_cast<uint16_t>(tid * kSlots + __ffs(victims) - 1);
+            victims &= victims - 1;
         }
     }
 
-    // Smallest T in [low, high] with count(key <= T) >= wanted, which holds for high.
-    __device__ int find_threshold(int low, int high, int wanted) {
-        for (int round = 0; low < high; ++round) {
-            const int span = high - low;
-            const int quarter = span / 4;
-            const int rest = span % 4;
-            const int first = low + quarter;
-            const int second = low + 2 * quarter + rest / 2;
-            const int third = low + 3 * quarter + 3 * rest / 4;
+    // Smallest T with count(key <= T) >= wanted, or kNeverEvict - 1 if there is none; `low`: not above
+    // the lowest key but -1.
+    __device__ int find_threshold(int low, int wanted) {
+        int high = kNeverEvict - 1;
+        int first = -1;
+        int second = low;
+        int third = min(low, high - 2) + 2;
+        for (int round = 0;; ++round) {
             unsigned first_two = 0;
             unsigned last = 0;
 #pragma unroll
@@ -433,28 +478,37 @@ struct RowResolver {
                 first_two += (key[s] <= first ? 1u : 0u) + (key[s] <= second ? 1u << 16 : 0u);
                 last += key[s] <= third ? 1u : 0u;
             }
-            const int buffer = 6 + 2 * (round % 2);
+            const int buffer = 4 + 2 * (round % 2);
             words(buffer).put(warp, lane, warp_sum(first_two));
             words(buffer + 1).put(warp, lane, warp_sum(last));
             __syncthreads();
             first_two = words(buffer).total(kWarps, lane);
-            last = words(buffer + 1).total(kWarps, lane);
             if (static_cast<int>(first_two & 0xffffu) >= wanted) {
                 high = first;
+                low = round == 0 ? first : low;
             } else if (static_cast<int>(first_two >> 16) >= wanted) {
-                low = first + 1;
+                low = round == 0 ? second : first + 1;
                 high = second;
-            } else if (static_cast<int>(last) >= wanted) {
+            } else if (static_cast<int>(words(buffer + 1).total(kWarps, lane)) >= wanted) {
                 low = second + 1;
                 high = third;
             } else {
                 low = third + 1;
             }
+            if (low >= high) {
+                return high;
+            }
+            // Unbounded above: steps that grow eightfold; else quarters.
+            const int span = high - low;
+            const int step_up = 1 << min(3 * round + 2, 28);
+            const int quarter = min(span / 4, step_up);
+            first = low + quarter;
+            second = low + 2 * quarter + (quarter < step_up ? span % 4 / 2 : 0);
+            third = low + 3 * quarter + (quarter < step_up ? 3 * (span % 4) / 4 : 0);
         }
-        return low;
     }
 
-    // Gives each miss its victim slot; rank 0 updates the tables.
+    // Gives each miss its victim slot and updates the tables: rank 0.
     __device__ void take_victims(int num_victims) {
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
@@ -465,7 +519,7 @@ struct RowResolver {
                 if (index < num_victims) {
                     const int slot = victim()[index];
                     result[e] = slot;
-                    if (is_first && rank == 0) {
+                    if (is_first) {
                         position_of_slot[slot] = position[e];
                         slot_of_position[position[e]] = slot;
                         last_use[slot] = step;
@@ -475,9 +529,10 @@ struct RowResolver {
         }
     }
 
-    // Sorts the plan by host slot unless it is so already: a bitonic network over 64-bit keys.
+    // Sorts the plan by host slot unless it is so already.
     __device__ void sort_plan(int count) {
         bool is_in_order = true;
+#pragma unroll 1
         for (int i = tid; i + 1 < count; i += kThreads) {
             is_in_order &= miss_host()[i] < miss_host()[i + 1];
         }
@@ -485,17 +540,55 @@ struct RowResolver {
             return;
         }
         uint64_t* keys = at<uint64_t>(layout.scratch);
-        int size = 2;
-        while (size < count) {
-            size *= 2;
+        if (count <= kThreads) {
+            sort_by_counting(keys, count);
+        } else {
+            sort_by_network(keys, count);
         }
+        __syncthreads();
+#pragma unroll 1
+        for (int i = tid; i < count; i += kThreads) {
+            miss_host()[i] = static_cast<int32_t>(keys[i] >> 16);
+            victim()[i] = static_cast<uint16_t>(keys[i] & 0xffffu);
+        }
+        __syncthreads();
+    }
+
+    __device__ uint64_t sort_key(int i) const {
+        return static_cast<uint64_t>(miss_host()[i]) << 16 | victim()[i];
+    }
+
+    // Few misses, which is usual: each thread counts the ones below its own.
+    __device__ void sort_by_counting(uint64_t* keys, int count) {
+        if (tid < count) {
+            const int own = miss_host()[tid];
+            const int4* four = at<int4>(layout.miss_host);
+            int below = 0;
+#pragma unroll 4
+            for (int i = 0; i < count / 4; ++i) {
+                const int4 other = four[i];
+                below += (other.x < own) + (other.y < own) + (other.z < own) + (other.w < own);
+            }
+            for (int i = count / 4 * 4; i < count; ++i) {
+                below += miss_host()[i] < own;
+            }
+            keys[below] = sort_key(tid);
+        }
+    }
+
+    // Many: a bitonic network, padded to a power of two.
+    __device__ void sort_by_network(uint64_t* keys, int count) {
+        const int size = SmemLayout::power_of_two(count);
+#pragma unroll 1
         for (int i = tid; i < size; i += kThreads) {
-            keys[i] = i < count ? static_cast<uint64_t>(miss_host()[i]) << 16 | victim()[i]
-                                : ~uint64_t{0};
+            keys[i] = i < count ? sort_key(i) : ~uint64_t{0};
         }
+#pragma unroll 1
         for (int block = 2; block <= size; block *= 2) {
+#pragma unroll 1
             for (int stride = block / 2; stride > 0; stride /= 2) {
                 __syncthreads();
+#pragma unroll 1
                 for (int i = tid; i < size / 2; i += kThreads) {
                     const int low = 2 * i - (i & (stride - 1));
                     const uint64_t a = keys[low];
@@ -507,12 +600,6 @@ struct RowResolver {
                 }
             }
         }
-        __syncthreads();
-        for (int i = tid; i < count; i += kThreads) {
-            miss_host()[i] = static_cast<int32_t>(keys[i] >> 16);
-            victim()[i] = static_cast<uint16_t>(keys[i] & 0xffffu);
-        }
-        __syncthreads();
     }
 
     // Rank 0 writes the outputs of the row. For a padded row: -1 and 0.
@@ -527,6 +614,7 @@ struct RowResolver {
             result[e] = is_row ? static_cast<int>(first_row) + result[e] : kNone;
         }
         write_entries(p.hot_idx + row_at);
+#pragma unroll 1
         for (int i = tid; i < num_misses; i += kThreads) {
             p.miss_host_slot[row_at + i] = miss_host()[i];
             p.miss_device_row[row_at + i] = first_row + victim()[i];

@@ -5,6 +5,7 @@ Plans are compared as sets of pairs (their order is free on CUDA); everything el
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -20,6 +21,7 @@ from tidepool.kernels.swap_in_v4 import load_v4_cache_to_device_buffer
 
 pytestmark = pytest.mark.gpu
 POISON = 0xFB
+Outputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class Case:
     seats_dtype: torch.dtype = torch.int64
     lens_dtype: torch.dtype = torch.int64
     holes: bool = False
-    sort: bool | None = None
-    ranks: int | None = None
+    scattered: bool = False
     steps: int = 12
 
 
@@ -47,13 +48,12 @@ CASES = [
     Case("shuffled", order="shuffled"),
     Case("repeated", order="repeated"),
     Case("hostile", order="hostile", holes=True),
-    Case("sorted plan", order="shuffled", sort=True, page_size=1),
+    Case("sorted plan", order="shuffled", scattered=True, page_size=1),
     Case("as many slots as selected", hot_rows=128, locality=0.5),
     Case("fewer slots than selected", hot_rows=100, order="hostile"),
     Case("odd sizes", topk=131, hot_rows=259, context=1003, page_size=1, row_bytes=585),
     Case("full top-k", topk=2048, hot_rows=4096, context=16384, batch=9, steps=6),
-    Case("full top-k, one CTA a row", topk=2048, hot_rows=4096, context=16384, ranks=1, steps=6),
-    Case("full top-k, 16 CTAs", topk=2048, hot_rows=4096, context=8192, batch=1, ranks=16, steps=6),
+    Case("full top-k, one row", topk=2048, hot_rows=4096, context=8192, batch=1, steps=6),
     Case("full top-k, repeated", topk=2048, hot_rows=2048, context=8192, order="repeated", steps=5),
     Case("8192 hot rows", topk=1024, hot_rows=8192, context=20000, locality=0.0, steps=14),
     Case("16384 hot rows", topk=2048, hot_rows=16384, context=65536, locality=0.0, batch=2),
@@ -125,7 +125,7 @@ class World:
             rows = torch.where(at, wild[choice], rows)
         return rows
 
-    def run(self, where: str, topk, lengths, seats, call) -> dict[str, torch.Tensor]:
+    def run(self, where: str, topk, lengths, seats, call) -> Outputs:
         device = "cpu" if where == "cpu" else "cuda"
         tables = self.cpu if where == "cpu" else self.gpu
         batch, k = topk.shape
@@ -142,10 +142,11 @@ class World:
             tables["slot_of_position"], tables["last_use"],
             torch.tensor([self.step], dtype=torch.int32, device=device), *out.values(),
             self.host_NX, tables["rows"], self.case.page_size, self.ring_rows,
+            self.case.scattered,
         )  # fmt: skip
         return {name: tensor.cpu() for name, tensor in out.items()}
 
-    def check_equal(self, want: dict[str, torch.Tensor], have: dict[str, torch.Tensor]) -> None:
+    def check_equal(self, want: Outputs, have: Outputs, is_sorted: bool = False) -> None:
         for name in ("fault", "num_misses", "hot_idx"):
             assert torch.equal(want[name], have[name]), name
         for row, count in enumerate(want["num_misses"].tolist()):
@@ -155,7 +156,7 @@ class World:
                 for out in (want, have)
             ]  # fmt: skip
             assert pairs[0] == pairs[1]
-            if self.case.sort:
+            if is_sorted:
                 listed = have["host_slots"][row, :count]
                 assert bool((listed[1:] > listed[:-1]).all())
         for name, tensor in self.cpu.items():
@@ -163,25 +164,37 @@ class World:
 
 
 def separate(*args: object) -> None:
-    *tensors, host, rows, page_size, ring_rows = args
-    resolve(*tensors, page_size, ring_rows)
-    load_cache_to_device_buffer(host, rows, *tensors[10:13])
+    *tensors, host, rows, page_size, ring_rows, is_scattered = args
+    resolve(*tensors, page_size, ring_rows, is_scattered)
+    load_cache_to_device_buffer(host, rows, *tensors[10:13], is_scattered)
 
 
-@pytest.mark.parametrize("way", ["fused", "separate"])
+def sliced(*args: object) -> None:
+    *tensors, host, rows, page_size, ring_rows, _ = args
+    resolve(*tensors, page_size, ring_rows, True)
+    tuning = Tuning(is_sliced=True, copy_ctas=5)
+    cuda_swap_in.launch_copy(tuning, host, rows, *tensors[10:13], True)
+
+
+def with_ranks(num_ranks: int) -> Callable[..., None]:
+    tuning = Tuning(num_ranks=num_ranks, copy_warps=3)
+    return lambda *args: cuda_swap_in.launch_swap_in(tuning, *args)
+
+
+WAYS = {
+    "fused": swap_in,
+    "separate": separate,
+    "sliced": sliced,
+    "one CTA a row": with_ranks(1),
+    "2 CTAs a row": with_ranks(2),
+    "16 CTAs a row": with_ranks(16),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_answers_tables_and_rows_equal_the_references(case: Case, way: str) -> None:
     world = World(case)
-    tuning = Tuning(num_ranks=case.ranks, sort_misses=case.sort)
-    ours = (
-        separate
-        if way == "separate"
-        else swap_in
-        if case.ranks is None and case.sort is None
-        else lambda *args: cuda_swap_in.launch_swap_in(tuning, *args)
-    )
-    if way == "separate" and case.sort:
-        pytest.skip("the separate resolve lists misses in the row's order")
     for _ in range(case.steps):
         world.step += 1
         seats = torch.randperm(world.num_seats, generator=world.rng)[: case.batch]
@@ -190,8 +203,8 @@ def test_answers_tables_and_rows_equal_the_references(case: Case, way: str) -> N
         lengths = torch.where(seats >= 0, world.lengths[seats], 0).to(case.lens_dtype)
         seats = seats.to(case.seats_dtype)
         want = world.run("cpu", topk, lengths, seats, separate)
-        have = world.run("gpu", topk, lengths, seats, ours)
-        world.check_equal(want, have)
+        have = world.run("gpu", topk, lengths, seats, WAYS[way])
+        world.check_equal(want, have, case.scattered and way in ("separate", "sliced"))
     if case.order == "hostile":
         assert int(want["fault"].max()) & FAULT_POSITION
     assert bool((want["num_misses"] >= 0).all())
