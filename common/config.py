@@ -115,6 +115,8 @@ class TransferSection:
     """Unanswered control messages are sent again after this time."""
     deadline_s: float = 120.0
     """An attempt that has not been handed over by then fails."""
+    max_defer_s: float = 30.0
+    """A request for which decode has had no room for so long is answered 429."""
     front_grace_s: float = 10.0
     """Requests of a front that is silent for so long are cancelled."""
     max_queued_messages: int = 65536
@@ -236,6 +238,7 @@ def _time_faults(config: Config) -> Iterator[str]:
         "heartbeat_timeout_s",
         "resend_interval_s",
         "deadline_s",
+        "max_defer_s",
         "front_grace_s",
     ):
         if not getattr(transfer, name) > 0:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from ..common.clock import Clock
-from ..common.errors import RequestError, TidepoolError
+from ..common.errors import InvariantError, RequestError, TidepoolError
 from ..common.wire import (
     AnyMessage,
     Cancel,
@@ -168,6 +168,8 @@ class DecodeEngine:
             return False
         try:
             self._decode(batch)
+        except InvariantError:
+            raise
         except (TidepoolError, RuntimeError) as error:
             self._fail_batch(batch, error)
         return True

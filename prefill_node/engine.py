@@ -11,7 +11,7 @@ import logging
 
 import torch
 
-from ..common.errors import RequestError, TidepoolError
+from ..common.errors import InvariantError, RequestError, TidepoolError
 from ..common.layouts import KvGeometry
 from ..common.wire import Cancel, Finish, Load, Submit
 from ..hostpool.device_pool import DevicePool
@@ -105,6 +105,8 @@ class PrefillEngine:
             return bool(activated)
         try:
             self._compute(shares)
+        except InvariantError:
+            raise
         except (TidepoolError, RuntimeError) as error:
             self._fail_batch([job for job, _ in shares], error)
         return True

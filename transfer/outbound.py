@@ -228,6 +228,11 @@ class Outbound:
         self._write_waiting()
 
     def _on_defer(self, defer: wire.Defer) -> None:
+        if self.clock.now() >= self._deadline_s - self.config.deadline_s + self.config.max_defer_s:
+            full = f"{self.request.decode_id} has been full for {self.config.max_defer_s} s"
+            self._end(ExportRefused(self.request.key, full, 429, "overloaded"))
+            self._settle(OutboundState.CLOSED)
+            return
         is_sane = 0 <= defer.retry_after_s <= self.config.deadline_s
         wait_s = defer.retry_after_s if is_sane else self.config.resend_interval_s
         self._next_send_s = self.clock.now() + wait_s

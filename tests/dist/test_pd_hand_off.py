@@ -146,3 +146,17 @@ def test_nodes_with_different_layouts_refuse_each_other_with_both_values(path: P
     finally:
         prefill.stop()
         decode.stop()
+
+
+def test_a_decode_node_that_stays_full_answers_429(path: Path) -> None:
+    overrides = {**HOT, "decode.max_requests": 1, "transfer.max_defer_s": 0.5}
+    with pd_pair(exact_config(path, **overrides)) as pair:
+        pair.submit("long", prompt(0, 40), max_tokens=3000)
+        while not pair.front.tokens["long"]:
+            time.sleep(0.01)
+        pair.submit("late", prompt(1, 40), max_tokens=4)
+        pair.wait(["late"])
+        finish = pair.front.finishes["late"]
+        assert (finish.status, finish.code, finish.can_retry) == (429, "overloaded", False)
+        pair.cancel("long")
+        pair.assert_settles_empty()
