@@ -104,6 +104,17 @@ class Faults:
                 self.note(f"{host.name}: full rate")
 
     @contextmanager
+    def delay(self, host: Host, delay_s: float) -> Iterator[None]:
+        """Everything to and from the host takes this much longer, each way."""
+        line = host.delay_line(delay_s)
+        self.note(f"{host.name}: {delay_s * 1e3:.0f} ms delay each way")
+        try:
+            yield
+        finally:
+            host.end_delay(line)
+            self.note(f"{host.name}: no delay")
+
+    @contextmanager
     def _filtered(
         self, hosts: Sequence[Host], rules: dict[Direction, str], what: str
     ) -> Iterator[None]:

@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +107,30 @@ class Host:
         """The cable to the switch."""
         state = "up" if is_up else "down"
         run("ip", "-n", self._switch, "link", "set", f"port{self.number}", state)
+
+    def delay_line(self, delay_s: float) -> subprocess.Popen[str]:
+        """Puts a process between the host's port and the switch (delay.py)."""
+        port, tap = f"port{self.number}", f"tap{self.number}"
+        run("ip", "-n", self._switch, "link", "set", port, "nomaster", "arp", "off")
+        script = str(Path(__file__).with_name("delay.py"))
+        command = (sys.executable, script, port, tap, str(delay_s))
+        line = subprocess.Popen(
+            (*_DIE_WITH_US, "ip", "netns", "exec", self._switch, *command),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert line.stdout is not None
+        assert line.stdout.readline() == "ready\n", f"no delay line for {self.name}"
+        run("ip", "-n", self._switch, "link", "set", tap, "master", "bridge", "up")
+        return line
+
+    def end_delay(self, line: subprocess.Popen[str]) -> None:
+        line.kill()
+        line.wait(BOOT_TIMEOUT_S)
+        assert line.stdout is not None
+        line.stdout.close()
+        port = f"port{self.number}"
+        run("ip", "-n", self._switch, "link", "set", port, "arp", "on", "master", "bridge")
 
     def ip(self, *arguments: str) -> None:
         run("ip", "-n", self.namespace, *arguments)

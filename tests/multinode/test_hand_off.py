@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import httpx
 import pytest
 
@@ -43,11 +45,22 @@ def test_a_record_in_a_long_prompt_is_found_across_hosts(cluster: RayCluster) ->
     assert received_on in ("decode-0", "decode-1")
 
 
+def assert_traffic_is_right(cluster: RayCluster, answers: Answers) -> None:
+    traffic = Traffic(cluster, answers)
+    since_s = time.monotonic()
+    traffic.begin()
+    assert traffic.end(since_s).num_failed == 0
+
+
 def test_answers_are_right_at_200_mbit_per_second(
     cluster: RayCluster, answers: Answers, faults: Faults
 ) -> None:
-    traffic = Traffic(cluster, answers)
     with faults.rate_limit([cluster.where("prefill-0"), cluster.where("decode-0")], 200):
-        since_s = faults.note("traffic begins")
-        traffic.begin()
-        assert traffic.end(since_s).num_failed == 0
+        assert_traffic_is_right(cluster, answers)
+
+
+def test_answers_are_right_with_20_ms_of_delay(
+    cluster: RayCluster, answers: Answers, faults: Faults
+) -> None:
+    with faults.delay(cluster.where("decode-0"), 0.020):
+        assert_traffic_is_right(cluster, answers)

@@ -15,7 +15,7 @@ from multinode.ray_cluster import RayCluster
 from multinode.streams import Answers, Stream, check, join, question, start_streams, wait_for_tokens
 
 NUM_PROMPTS = 4
-OUTPUT_TOKENS = 120
+OUTPUT_TOKENS = 240
 LONG_PROMPT = 1200
 LONG_OUTPUT = 4
 
