@@ -1,4 +1,5 @@
-// The floor for swap-in: a plain gather of listed rows, nothing else. Built by benchmarks/swap_in.py.
+// The floor for swap-in: a plain gather of listed rows, nothing else. Built by
+// benchmarks/swap_in.py.
 #include <cuda_runtime.h>
 
 #include "params.h"

@@ -423,7 +423,28 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
             f"{result['ours']['alone_us']:.1f} | {result['flat']['alone_us']:.1f} | "
             f"{result.get('peer', {}).get('us', '')} |"
         )
-    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
+    (folder / f"{stem}.md").write_text("\n".join(lines + variant_lines(report)) + "\n")
+
+
+def variant_lines(report: dict[str, Any]) -> list[str]:
+    """The table of ways to launch and of orders of the plain gather, one column a point."""
+    columns = report["variants"]
+    if not columns:
+        return []
+    fields = {"batch", "misses", "row_bytes", "placement"}
+    names = dict.fromkeys(name for column in columns for name in column if name not in fields)
+    heads = [f"{c['batch']} x {c['misses']} {c['placement']}" for c in columns]
+    lines = [
+        "",
+        f"## Ways to launch, rows of {columns[0]['row_bytes']} bytes, us a call",
+        "",
+        "| | " + " | ".join(heads) + " |",
+        "|" + "---|" * (len(heads) + 1),
+    ]
+    for name in names:
+        cells = [f"{column[name]:.1f}" if name in column else "" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _commit() -> str:

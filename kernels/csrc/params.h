@@ -44,25 +44,25 @@ struct ResolveParams {
     int32_t ring_rows;          // R
     int32_t seq_lens_are_64;    // seq_lens is int64
     int32_t seats_are_64;       // seats is int64
-    int32_t rank_shift;         // log2 of the CTAs a batch row: each resolves it, they share the copy
-    int32_t copy_warps;         // warps of a CTA that copy
-    int32_t sort_misses;        // list misses by ascending host slot where they do not come so
-    int32_t is_eager;           // load what misses need before it is known that there are any
+    int32_t rank_shift;   // log2 of the CTAs a batch row: each resolves it, they share the copy
+    int32_t copy_warps;   // warps of a CTA that copy
+    int32_t sort_misses;  // list misses by ascending host slot where they do not come so
+    int32_t is_eager;     // load what misses need before it is known that there are any
 };
 
 // Where the rows of one layer are. Plain rows: row i at i * value_bytes. Paged rows (DeepSeek-V4):
 // row i = (page, offset); value at page * page_bytes + offset * value_bytes, scale at
 // page * page_bytes + scale_offset + offset * scale_bytes.
 struct CopyParams {
-    const char* host;          // N rows, pinned and mapped
-    char* device;              // M rows; written
-    int64_t num_host_rows;     // N
-    int64_t num_device_rows;   // M
-    int64_t value_bytes;       // bytes of a row, or of its value
-    int64_t page_bytes;        // 0 = plain rows
-    int64_t scale_offset;      // paged rows only
-    int32_t scale_bytes;       // paged rows only: 8
-    int32_t page_shift;        // paged rows only
+    const char* host;         // N rows, pinned and mapped
+    char* device;             // M rows; written
+    int64_t num_host_rows;    // N
+    int64_t num_device_rows;  // M
+    int64_t value_bytes;      // bytes of a row, or of its value
+    int64_t page_bytes;       // 0 = plain rows
+    int64_t scale_offset;     // paged rows only
+    int32_t scale_bytes;      // paged rows only: 8
+    int32_t page_shift;       // paged rows only
 };
 
 // A plan to execute: what `resolve` left behind.

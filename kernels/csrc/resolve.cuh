@@ -50,9 +50,9 @@ struct RowResolver {
     const int warp = threadIdx.x / kWarpSize;
 
     int seat;
-    int end;               // positions below are valid
+    int end;  // positions below are valid
     int step;
-    int64_t first_row;     // device row of hot slot 0
+    int64_t first_row;          // device row of hot slot 0
     const int32_t* page_table;  // [P]
     int32_t* position_of_slot;  // [H]
     int32_t* slot_of_position;  // [C]
@@ -63,7 +63,7 @@ struct RowResolver {
     int first_miss;        // misses of the row before the thread's entries
     int miss[kEntries];    // index of the entry's miss in the plan; before: see keep_first
     int key[kSlots];
-    int held[kSlots];      // position in the slot
+    int held[kSlots];  // position in the slot
     unsigned fault = 0;
     bool has_arrived = false;  // at the cluster's barrier
 
@@ -230,7 +230,7 @@ struct RowResolver {
         bool is = true;
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
-            const int behind = e + 1 < kEntries         ? position[(e + 1) % kEntries]
+            const int behind = e + 1 < kEntries       ? position[(e + 1) % kEntries]
                                : lane + 1 < kWarpSize ? next
                                                       : behind_last;
             is &= behind == kNone || (position[e] != kNone && position[e] < behind);
@@ -238,8 +238,8 @@ struct RowResolver {
         return is;
     }
 
-    // Entries that are misses in the block, and before the thread (first_miss); `all`: whether `each`
-    // holds everywhere. Barrier inside.
+    // Entries that are misses in the block, and before the thread (first_miss); `all`: whether
+    // `each` holds everywhere. Barrier inside.
     __device__ int count_misses(WarpWords buffer, bool each, bool& all) {
         const unsigned lower_lanes = (1u << lane) - 1;
         unsigned count = 0;
@@ -282,7 +282,9 @@ struct RowResolver {
     __device__ void load_slots() {
         const int first = tid * kSlots;
         if (p.hot_rows % 4 == 0 && (reinterpret_cast<uint64_t>(p.last_use) |
-                                    reinterpret_cast<uint64_t>(p.position_of_slot)) % 16 == 0) {
+                                    reinterpret_cast<uint64_t>(p.position_of_slot)) %
+                                           16 ==
+                                       0) {
 #pragma unroll
             for (int s = 0; s < kSlots; s += 4) {
                 const int at = first + s < p.hot_rows ? first + s : 0;
@@ -313,8 +315,8 @@ struct RowResolver {
 #pragma unroll
         for (int e = 0; e < kEntries; ++e) {
             if (result[e] == kMiss) {
-                const int64_t slot = (static_cast<int64_t>(host_slot[e]) << p.page_shift) |
-                                     (position[e] & in_page);
+                const int64_t slot =
+                    (static_cast<int64_t>(host_slot[e]) << p.page_shift) | (position[e] & in_page);
                 if (!is_page(e) || host_slot[e] < 0 || slot >= limit) {
                     result[e] = kNone;
                     fault |= kFaultHole;
@@ -337,8 +339,7 @@ struct RowResolver {
     __device__ void make_keys() {
         static_assert(32 % kSlots == 0, "a thread's bits are in one word");
         const int first = tid * kSlots;
-        const unsigned used_bits =
-            first < p.hot_rows ? used()[first / 32] >> (first % 32) : 0u;
+        const unsigned used_bits = first < p.hot_rows ? used()[first / 32] >> (first % 32) : 0u;
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
             const bool is_used =
@@ -380,9 +381,10 @@ struct RowResolver {
         }
     }
 
-    // Puts entry k into the table; of entries with one position the lowest stays. Returns its place.
-    __device__ __noinline__ static int insert(int32_t* table, const int32_t* position_of_entry, int k, int pos,
-                                              int table_size) {
+    // Puts entry k into the table; of entries with one position the lowest stays. Returns its
+    // place.
+    __device__ __noinline__ static int insert(int32_t* table, const int32_t* position_of_entry,
+                                              int k, int pos, int table_size) {
         unsigned place = static_cast<unsigned>(pos) * 2654435761u >> 16;
         while (true) {
             place &= table_size - 1;
@@ -463,8 +465,8 @@ struct RowResolver {
         }
     }
 
-    // Smallest T with count(key <= T) >= wanted, or kNeverEvict - 1 if there is none; `low`: not above
-    // the lowest key but -1.
+    // Smallest T with count(key <= T) >= wanted, or kNeverEvict - 1 if there is none; `low`: not
+    // above the lowest key but -1.
     __device__ int find_threshold(int low, int wanted) {
         int high = kNeverEvict - 1;
         int first = -1;

@@ -1,10 +1,10 @@
 // The swap-in kernels and their launchers (a plain C interface, called through ctypes).
 //
-// | kernel                             | grid                 | does                                  |
+// | kernel                             | grid                 | does |
 // |------------------------------------|----------------------|---------------------------------------|
-// | load_cache_to_device_buffer_kernel | B rows x ranks       | resolve a row, copy its misses        |
-// | resolve_kernel                     | B rows               | resolve only: the plan                |
-// | copy_plan_kernel                   | as told              | copy a plan for one layer, in order   |
+// | load_cache_to_device_buffer_kernel | B rows x ranks       | resolve a row, copy its misses | |
+// resolve_kernel                     | B rows               | resolve only: the plan | |
+// copy_plan_kernel                   | as told              | copy a plan for one layer, in order |
 //
 // No kernel allocates or synchronises with the host. Launchers return a cudaError_t.
 #include <cuda_runtime.h>
@@ -95,7 +95,8 @@ __device__ __forceinline__ int lower_bound(const int64_t* list, int count, int64
 // only, not of the whole pool.
 template <bool kWide, bool kSliced>
 __global__ void __launch_bounds__(kCopyThreads, 2)
-    copy_plan_kernel(const __grid_constant__ PlanParams p, const __grid_constant__ CopyParams rows) {
+    copy_plan_kernel(const __grid_constant__ PlanParams p,
+                     const __grid_constant__ CopyParams rows) {
     constexpr int kWarps = kCopyThreads / kWarpSize;
     __shared__ int last_of_row[kMaxBatch];   // misses to copy of rows 0 .. b
     __shared__ int start_of_row[kMaxBatch];  // first of them in row b's list
@@ -247,10 +248,11 @@ int tidepool_swap_in(const tidepool::ResolveParams* p, const tidepool::CopyParam
     return with_slots(p->hot_rows, [&](auto slots) {
         const size_t bytes = SmemLayout(p->topk, p->hot_rows).bytes;
         constexpr int kSlots = decltype(slots)::value;
-        const auto kernel = can_copy_wide(*rows) ? load_cache_to_device_buffer_kernel<kSlots, true>
-                                                 : load_cache_to_device_buffer_kernel<kSlots, false>;
-        return launch(kernel, p->batch << p->rank_shift, kThreads, bytes, 1 << p->rank_shift, false, stream,
-                      *p, *rows);
+        const auto kernel = can_copy_wide(*rows)
+                                ? load_cache_to_device_buffer_kernel<kSlots, true>
+                                : load_cache_to_device_buffer_kernel<kSlots, false>;
+        return launch(kernel, p->batch << p->rank_shift, kThreads, bytes, 1 << p->rank_shift, false,
+                      stream, *p, *rows);
     });
 }
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ void transfer_item_warp(const char* source, char* tar
                                                    int lane) {
     const uint64_t low_bits =
         reinterpret_cast<uint64_t>(source) | reinterpret_cast<uint64_t>(target);
-    const int64_t whole = (low_bits & 7) == 0 ? bytes & ~int64_t{7}
+    const int64_t whole = (low_bits & 7) == 0   ? bytes & ~int64_t{7}
                           : (low_bits & 3) == 0 ? bytes & ~int64_t{3}
                                                 : bytes;
     const bool has_tail = lane < bytes - whole;
@@ -113,9 +113,9 @@ __device__ __forceinline__ bool is_in_range(const CopyParams& rows, longlong2 pa
            static_cast<uint64_t>(pair.y) < static_cast<uint64_t>(rows.num_device_rows);
 }
 
-// Copies plain rows of up to 96 16-byte words: items first, first + stride, ... below `end`, two at a
-// time with all their loads in flight. Item i is the pair items(i) = {host row, device row}; a pair
-// out of range is skipped.
+// Copies plain rows of up to 96 16-byte words: items first, first + stride, ... below `end`, two at
+// a time with all their loads in flight. Item i is the pair items(i) = {host row, device row}; a
+// pair out of range is skipped.
 template <class Items>
 __device__ __forceinline__ void copy_wide_items(const CopyParams& rows, const Items& items,
                                                 int first, int stride, int end, int lane) {
