@@ -105,6 +105,8 @@ class TransferSection:
     """Largest single write; longer runs are split."""
     max_writes_in_flight: int = 8
     """Writes submitted to the transport at a time."""
+    max_quarantine_share: float = 0.25
+    """Share of decode's host pages that may be kept out of use for writers that are lost; past it the node fences them itself: a new data address, the old one closed, transfers under way tried again. 1: never."""
     write_timeout_s: float = 10.0
     """A write that has not ended by then fails its transfer."""
     heartbeat_interval_s: float = 0.3
@@ -143,6 +145,8 @@ class FrontSection:
     """A request with no token for so long is submitted again."""
     drain_s: float = 30.0
     """How long Ctrl-C waits for running requests."""
+    api_keys_file: str = ""
+    """File of API keys, one a line, readable by its owner only; every call but /health then needs one (`Authorization: Bearer KEY`). Empty: no keys."""
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
@@ -165,6 +169,10 @@ class ClusterSection:
     """True: each node, and the front, runs only where Ray has the custom resource of its id, as in `ray start --resources='{"prefill-0": 1}'`."""
     bind_host: str = "auto"
     """Interface the nodes' sockets listen on; auto: the address Ray knows the machine by."""
+    authentication: Literal["secret", "off"] = "secret"
+    """secret: control connections are encrypted and open only to who has the cluster's secret. off: open to who can reach the port."""
+    secret_file: str = ""
+    """File with the cluster's secret (32 bytes or more), on every machine, readable by its owner only. Empty: a cluster that starts its own local Ray makes one up; one on a running Ray is refused."""
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
@@ -232,6 +240,9 @@ def _faults(config: Config) -> Iterator[str]:
 
 def _time_faults(config: Config) -> Iterator[str]:
     transfer = config.transfer
+    if not 0 <= transfer.max_quarantine_share <= 1:
+        share = transfer.max_quarantine_share
+        yield f"transfer.max_quarantine_share: must be from 0 to 1, not {share}"
     for name in (
         "write_timeout_s",
         "heartbeat_interval_s",

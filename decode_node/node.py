@@ -10,6 +10,7 @@ from ..common.config import Config
 from ..common.step_loop import Engine, StepLoop
 from ..model.runtime import load_runtime
 from ..transfer.control import ControlLoop
+from ..transfer.curve import cluster_keys
 from ..transfer.fronts import FrontHandler
 from ..transfer.importer import Importer
 from ..transfer.mover import Mover
@@ -48,6 +49,7 @@ def build_node(
         config=config.transfer,
         clock=clock,
         on_fatal=on_fatal,
+        keys=cluster_keys(config.cluster),
     )
     mover = Mover(transport, config.transfer, control.post, on_fatal=on_fatal)
     engines: list[Engine] = []

@@ -17,6 +17,7 @@ from ..common.errors import ConfigError, PeerError
 from ..decode_node.build import check as check_decode
 from ..hostpool.memory import available_host_bytes
 from ..model.runtime import check_model
+from .cluster_secret import check_secrets, forget, with_local_secret
 from .ray_environment import RAY_ENVIRONMENT
 
 START_TIMEOUT_S = 180.0
@@ -45,6 +46,8 @@ class Cluster:
     front: Any = None
     nodes: dict[str, Any] = field(default_factory=dict)
     groups: list[Any] = field(default_factory=list)
+    own_secret: str = ""
+    """File made for this cluster alone; removed with it."""
 
     def keep_front(self) -> None:
         """Makes a front that Ray has restarted serve again, at its old port. Cheap; call often."""
@@ -67,6 +70,7 @@ class Cluster:
             ray.util.remove_placement_group(group)
         if self.owns_ray:
             ray.shutdown()
+        forget(self.own_secret)
 
 
 def check(config: Config, *, is_local: bool) -> None:
@@ -74,6 +78,7 @@ def check(config: Config, *, is_local: bool) -> None:
 
     `is_local`: the nodes will run on this machine, so its memory counts.
     """
+    check_secrets(config, is_local=is_local)
     model = check_model(config)
     check_decode(config, model, available_host_bytes() if is_local else None)
 
@@ -88,7 +93,13 @@ def start(config: Config, *, address: str | None = None, log_to_driver: bool = T
     Raises PeerError if a node does not come up; everything started until then is stopped.
     """
     check(config, is_local=address is None)
-    cluster = _connect(config, address, log_to_driver)
+    config, own_secret = with_local_secret(config) if address is None else (config, "")
+    try:
+        cluster = _connect(config, address, log_to_driver)
+    except BaseException:
+        forget(own_secret)
+        raise
+    cluster.own_secret = own_secret
     try:
         _place_nodes(cluster)
         _place_front(cluster)

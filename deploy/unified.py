@@ -25,6 +25,7 @@ from ..prefill_node.build import build_pool
 from ..prefill_node.handoff import HandoffFailed, HandoffGranted, HandoffReleased
 from ..prefill_node.job import Job
 from ..transfer.control import ControlLoop
+from ..transfer.curve import cluster_keys
 from ..transfer.fronts import FrontHandler
 from ..transfer.node import Auditor, Node, total_load
 
@@ -113,6 +114,7 @@ def build_node(config: Config, *, node_id: str, bind_host: str, on_fatal: OnFata
         config=config.transfer,
         clock=clock,
         on_fatal=on_fatal,
+        keys=cluster_keys(config.cluster),
     )
     pool = build_pool(config, runtime.geometry, runtime.device)
     decode = decode_build.build_engine(

@@ -1,13 +1,14 @@
 """The control plane's sockets: one I/O thread, one ROUTER, one DEALER for each peer we connect to.
 
-Only this file imports zmq. A *session* is what lies between two hellos: it is up on both ends or
+Only this file and its curve.py import zmq. A *session* is what lies between two hellos: it is up on both ends or
 goes down on both, whoever of them notices first; inside it messages arrive in order and without
 gaps, because anything that would lose one (a full queue, a broken connection) ends it. ZMQ's own
 reconnecting is off: each try is a fresh DEALER that says Hello first.
 
 | thread | may call                                                                           |
 |--------|------------------------------------------------------------------------------------|
-| any    | connect, disconnect, send, post, set_load, fence, refusal, peer, peers, stop, stats |
+| any    | connect, disconnect, send, post, set_load, set_data_address, fence, refusal, peer,  |
+|        | peers, stop, stats                                                                 |
 | I/O    | everything in Handler, and what was posted                                         |
 
 Always holds: a handler hears on_peer_up and on_peer_down in turn for each node, messages only in
@@ -25,12 +26,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import zmq
 
 from ..common import wire
 from ..common.clock import Clock, MonotonicClock
 from ..common.config import TransferSection
 from ..common.errors import InvariantError, PeerError, ProtocolError, TidepoolError
+from .curve import ClusterKeys, Gate
 from .session import ControlStats, Handler, LogLimiter, Peer, identity_of, refuse_hello
 
 _LOGGER = logging.getLogger(__name__)
@@ -91,9 +94,12 @@ class ControlLoop:
         config: TransferSection | None = None,
         clock: Clock | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
+        keys: ClusterKeys | None = None,
     ) -> None:
         """Binds the ROUTER to a free port of `bind_host`; PeerError if it cannot.
 
+        `keys`: of the cluster (curve.cluster_keys); None: connections are neither proven nor
+        encrypted.
         `on_fatal` is called once, on the I/O thread, with what stopped the loop.
         """
         self.clock: Clock = clock or MonotonicClock()
@@ -130,7 +136,10 @@ class ControlLoop:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, MAX_SESSIONS + 16)
         self._poller = zmq.Poller()
+        self._gate = Gate(self._context, keys)
         self._router = self._bind(bind_host)
+        for each in self._gate.sockets:
+            self._poller.register(each, zmq.POLLIN)
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
@@ -218,6 +227,10 @@ class ControlLoop:
         """
         self.post(lambda: self._fence(node_id, epoch))
 
+    def set_data_address(self, data_address: str) -> None:
+        """From now on peers are told this address; sessions with nodes end and begin anew."""
+        self.post(lambda: self._set_data_address(data_address))
+
     def refusal(self, node_id: str) -> str | None:
         return self._refusals.get(node_id)
 
@@ -275,6 +288,8 @@ class ControlLoop:
         if ready.pop(self._wake_receiver.fileno(), None):
             self._drain_wakeups()
         self._run_commands()
+        if sum(ready.pop(each, 0) for each in self._gate.sockets):
+            self._count_strangers()
         if ready.pop(self._router, None):
             self._read_router()
         for link in list(self._links.values()):
@@ -292,6 +307,14 @@ class ControlLoop:
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_receiver.recv(4096)
+
+    def _count_strangers(self) -> None:
+        count = self._gate.turn(self.clock.now())
+        if count > self.stats.num_unauthenticated:
+            self.stats.num_unauthenticated = count
+            self._log.warning(
+                "strangers", f"{count} connections closed so far: no secret, another, or no ZMQ"
+            )
 
     def _run_commands(self) -> None:
         self._is_awake = False
@@ -366,6 +389,7 @@ class ControlLoop:
         link.socket.set(zmq.IDENTITY, identity_of(self.node_id, self.epoch))
         link.socket.set(zmq.IMMEDIATE, 1)
         link.socket.set(zmq.RECONNECT_IVL, -1)
+        self._gate.equip(link.socket)
         try:
             link.socket.connect(link.address)
         except zmq.ZMQError as error:
@@ -540,6 +564,12 @@ class ControlLoop:
         elif session is not None and session.peer.epoch <= epoch:
             self._end(session, reason)
 
+    def _set_data_address(self, data_address: str) -> None:
+        self.hello = msgspec.structs.replace(self.hello, data_address=data_address)
+        for session in list(self._sessions.values()):
+            if session.peer.role != "front":
+                self._end(session, f"{self.node_id} has a new data address")
+
     def _on_envelope(self, session: _Session, envelope: wire.Envelope) -> None:
         peer, body = session.peer, envelope.body
         mine = 0 if isinstance(body, wire.Goodbye) and not envelope.receiver_epoch else self.epoch
@@ -629,10 +659,12 @@ class ControlLoop:
         router = self._new_socket(zmq.ROUTER)
         router.set(zmq.ROUTER_HANDOVER, 1)
         router.set(zmq.ROUTER_MANDATORY, 1)
+        self._gate.guard(router)
         try:
             port = router.bind_to_random_port(f"tcp://{bind_host}")
         except (zmq.ZMQError, zmq.ZMQBindError) as error:
             router.close()
+            self._gate.close()
             self._context.term()
             raise PeerError(f"cannot listen on {bind_host}: {error}") from error
         self._address = f"tcp://{bind_host}:{port}"
@@ -654,6 +686,7 @@ class ControlLoop:
         self._links = {}
         if not self._router.closed:
             self._router.close(linger=_GOODBYE_LINGER_MS)
+        self._gate.close()
         self._context.term()
         self._wake_receiver.close()
         self._wake_sender.close()

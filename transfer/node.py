@@ -101,6 +101,8 @@ class Node:
         stats: dict[str, float] = {}
         for engine in self._engines:
             stats |= engine.stats()
+        stats["strangers_refused"] = self.control.stats.num_unauthenticated
+        stats["hellos_refused"] = self.control.stats.num_refused
         return {
             "node_id": self.control.node_id,
             "role": self.control.hello.role,

@@ -104,6 +104,8 @@ class ControlStats:
     """Frames that do not decode, come before a hello, or break the order of a session."""
     num_refused: int = 0
     """Hellos refused, ours or theirs."""
+    num_unauthenticated: int = 0
+    """Connections closed before a message: without the cluster's secret, or no ZMQ at all."""
     num_unsendable: int = 0
     """Messages that cannot be encoded."""
     num_unhandled: int = 0

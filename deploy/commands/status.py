@@ -15,9 +15,12 @@ TIMEOUT_S = 5.0
 def status(
     url: Annotated[str, typer.Option(help="Where the front listens.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print the front's JSON.")] = False,
+    api_key: Annotated[
+        str, typer.Option(metavar="KEY", help="One of the front's API keys, if it has any.")
+    ] = "",
 ) -> None:
     """Show a running cluster as a table. Exit status 0: it is ready; 1: it is not."""
-    view = fetch_cluster(url)
+    view = fetch_cluster(url, api_key)
     if as_json:
         typer.echo(json.dumps(view, indent=2))
     else:
@@ -25,12 +28,15 @@ def status(
     raise typer.Exit(0 if view["is_ready"] else 1)
 
 
-def fetch_cluster(url: str) -> dict[str, Any]:
-    """Returns GET /cluster; PeerError if there is no front at `url`."""
+def fetch_cluster(url: str, api_key: str = "") -> dict[str, Any]:
+    """Returns GET /cluster; PeerError if there is no front at `url`, or it wants another key."""
     import httpx  # noqa: PLC0415  (slow to import; --help does not need it)
 
     try:
-        response = httpx.get(f"{url.rstrip('/')}/cluster", timeout=TIMEOUT_S)
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        response = httpx.get(f"{url.rstrip('/')}/cluster", headers=headers, timeout=TIMEOUT_S)
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise PeerError(f"{url} needs {'another' if api_key else 'an'} API key: --api-key KEY")
         response.raise_for_status()
         view = response.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:

@@ -7,7 +7,7 @@ while they are read, and their faults are 400 in OpenAI's shape, not the framewo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...common.errors import RequestError
+from .api_keys import KeyRing, RequireKey
 from .call_response import CallResponse, error_headers
 from .cluster_view import cluster_view
 from .openai_requests import BodyT, ChatBody, CompletionBody, parse, schema_components
@@ -31,17 +32,19 @@ INLINE_BYTES = 64 * 1024
 """Larger bodies are parsed on a worker thread."""
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 404, 413, 429, 503)
+    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 503)
 }
 
 
-def create_app(service: FrontService) -> FastAPI:
-    """Returns the application that serves `service`."""
+def create_app(service: FrontService, api_keys: Sequence[str] = ()) -> FastAPI:
+    """Returns the application that serves `service`; with `api_keys`, only to who has one."""
     app = FastAPI(title="tidepool", version=_version(), docs_url=None, redoc_url=None)
     _add_inference(app, service)
     _add_observation(app, service)
     _add_error_handlers(app)
     _complete_openapi(app)
+    if api_keys:
+        app.add_middleware(RequireKey, keys=KeyRing(api_keys))
     app.add_middleware(_CountAnswers, service=service)
     return app
 

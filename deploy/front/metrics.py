@@ -28,6 +28,7 @@ NODE_COUNTERS = frozenset(
         "checksum_errors",
         "decode_steps",
         "failed_requests",
+        "hellos_refused",
         "hot_hits",
         "hot_misses",
         "output_tokens",
@@ -36,6 +37,7 @@ NODE_COUNTERS = frozenset(
         "prefill_steps",
         "prefill_tokens",
         "rows_swapped_in",
+        "strangers_refused",
     }
 )
 """Keys of a node's stats that only grow; all others are gauges."""

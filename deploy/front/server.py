@@ -18,6 +18,7 @@ import uvicorn
 
 from ...common.config import Config
 from ...common.errors import ConfigError, PeerError
+from ...common.secret_files import read_api_keys
 from .app import create_app
 from .no_tokenizer import NoTokenizer
 from .nodes import NodeInfo
@@ -48,7 +49,12 @@ class FrontServer:
         *,
         front_id: str = "front-0",
     ) -> None:
-        """`front_id` must be the control plane's node id: nodes send tokens to it."""
+        """`front_id` must be the control plane's node id: nodes send tokens to it.
+
+        ConfigError if the configuration names a file of API keys that cannot be used.
+        """
+        keys_file = config.front.api_keys_file
+        self._api_keys = read_api_keys(keys_file) if keys_file else ()
         self.service = FrontService(config, tokenizer, model, control, front_id=front_id)
         self._config = config.front
         self._uvicorn: _Uvicorn | None = None
@@ -69,7 +75,7 @@ class FrontServer:
         listener = listen(self._config.host, self._config.port)
         self.port = listener.getsockname()[1]
         settings = uvicorn.Config(
-            create_app(self.service),
+            create_app(self.service, self._api_keys),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -119,6 +125,7 @@ def build_server(config: Config, *, node_id: str, epoch: int, bind_host: str) ->
     from ...model.runtime import check_model  # noqa: PLC0415  (torch: not for the command line)
     from ...model.tokenizer import load_tokenizer  # noqa: PLC0415
     from ...transfer.control import ControlLoop  # noqa: PLC0415
+    from ...transfer.curve import cluster_keys  # noqa: PLC0415
 
     checkpoint = check_model(config)
     loaded = load_tokenizer(config.model.path, checkpoint.architecture)
@@ -128,7 +135,14 @@ def build_server(config: Config, *, node_id: str, epoch: int, bind_host: str) ->
         max_context=config.decode.max_context or checkpoint.max_position_embeddings,
         eos_token_ids=checkpoint.eos_token_ids,
     )
-    control = ControlLoop(node_id, "front", epoch, bind_host=bind_host, config=config.transfer)
+    control = ControlLoop(
+        node_id,
+        "front",
+        epoch,
+        bind_host=bind_host,
+        config=config.transfer,
+        keys=cluster_keys(config.cluster),
+    )
     tokenizer: Tokenizer = loaded.tokenizer or NoTokenizer(loaded.reason)
     return FrontServer(config, tokenizer, model, control, front_id=node_id)
 

@@ -10,12 +10,14 @@ from typing import Any
 import httpx
 import pytest
 from helpers.front import finish_of, letters, make_config, tokens_of
+from helpers.secret_file import secret_file
 
 from tidepool.common import wire
 from tidepool.common.config import Config
 from tidepool.deploy.front.nodes import NodeInfo
 from tidepool.deploy.front.server import ThreadedServer, build_server
 from tidepool.transfer.control import ControlLoop
+from tidepool.transfer.curve import cluster_keys
 from tidepool.transfer.session import Peer
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "checkpoint"
@@ -25,7 +27,8 @@ class FakeNode:
     """A control loop that plays a unified node: tokens are letters, a few at a time."""
 
     def __init__(self, node_id: str, epoch: int, config: Config, *, stop_after: int = 999) -> None:
-        self.control = ControlLoop(node_id, "unified", epoch, config=config.transfer)
+        keys = cluster_keys(config.cluster)
+        self.control = ControlLoop(node_id, "unified", epoch, config=config.transfer, keys=keys)
         self.cancelled = threading.Event()
         self.fences: list[wire.Fence] = []
         self.info = NodeInfo(node_id, "unified", epoch, self.control.address, 8192)
@@ -57,10 +60,13 @@ class FakeNode:
 
 
 @pytest.fixture
-def config() -> Config:
+def config(tmp_path: Path) -> Config:
     fast = {"heartbeat_interval_s": 0.1, "heartbeat_timeout_s": 0.5, "resend_interval_s": 0.1}
     return make_config(
-        front={"node_wait_s": 5.0}, transfer=fast, model={"path": str(CHECKPOINT), "name": "demo"}
+        front={"node_wait_s": 5.0},
+        transfer=fast,
+        model={"path": str(CHECKPOINT), "name": "demo"},
+        cluster={"secret_file": secret_file(tmp_path)},
     )
 
 

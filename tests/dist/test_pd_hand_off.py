@@ -18,6 +18,7 @@ from tidepool.prefill_node.node import build_node as build_prefill
 
 SEED = VETTED_SEEDS["glm52"][0]
 HOT = {"decode.hot_rows": INDEX_TOPK, "kv.page_size": 4}
+OPEN = {"cluster.authentication": "off"}
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +122,13 @@ def test_cancelling_at_any_moment_frees_both_sides_and_hurts_nobody(path: Path) 
 
 def test_nodes_with_different_layouts_refuse_each_other_with_both_values(path: Path) -> None:
     decode = build_decode(
-        exact_config(path, **{"kv.page_size": 4}),
+        exact_config(path, **{"kv.page_size": 4, **OPEN}),
         node_id="decode-0",
         bind_host=HOST,
         on_fatal=lambda _: None,
     )
     prefill = build_prefill(
-        exact_config(path, **{"kv.page_size": 16}),
+        exact_config(path, **{"kv.page_size": 16, **OPEN}),
         node_id="prefill-0",
         bind_host=HOST,
         on_fatal=lambda _: None,

@@ -18,8 +18,10 @@ from typing import Any
 from tidepool.common import wire
 from tidepool.common.config import Config
 from tidepool.decode_node.node import build_node as build_decode
+from tidepool.deploy.cluster_secret import forget, with_local_secret
 from tidepool.prefill_node.node import build_node as build_prefill
 from tidepool.transfer.control import ControlLoop
+from tidepool.transfer.curve import cluster_keys
 from tidepool.transfer.node import Node
 from tidepool.transfer.session import Peer
 
@@ -131,10 +133,16 @@ class Pair:
 @contextmanager
 def pd_pair(config: Config) -> Iterator[Pair]:
     fatal: list[BaseException] = []
+    config, secret = with_local_secret(config)
     prefill = build_prefill(config, node_id="prefill-0", bind_host=HOST, on_fatal=fatal.append)
     decode = build_decode(config, node_id="decode-0", bind_host=HOST, on_fatal=fatal.append)
     control = ControlLoop(
-        "front-0", "front", time.time_ns(), bind_host=HOST, config=config.transfer
+        "front-0",
+        "front",
+        time.time_ns(),
+        bind_host=HOST,
+        config=config.transfer,
+        keys=cluster_keys(config.cluster),
     )
     front = FrontStub()
     try:
@@ -150,4 +158,5 @@ def pd_pair(config: Config) -> Iterator[Pair]:
         control.stop()
         prefill.stop()
         decode.stop()
+        forget(secret)
     assert not fatal, fatal
