@@ -74,7 +74,7 @@ def buffer() -> tuple[mmap.mmap, int]:
 
 def serve(pipe: Connection) -> None:
     """The other process: receives until told to end."""
-    memory, address = buffer()
+    _memory, address = buffer()
     transport = MooncakeTransport(HOST)
     transport.register(address, NUM_BYTES)
     pipe.send((transport.data_address, address))
