@@ -272,7 +272,7 @@ class Finish(Message, frozen=True, tag="finish"):
 
 
 class Fence(Message, frozen=True, tag="fence"):
-    """The process that was `node_id` at `epoch` is dead: its leases may end."""
+    """The process that was `node_id` at `epoch` is proven dead: its leases may end."""
 
     node_id: str
     epoch: int

@@ -20,9 +20,12 @@ import ray
 from ..common.config import Config
 from ..transfer.node import Node
 from .front.server import FrontServer, build_server
+from .incarnations import Incarnations
 from .membership import MembershipPoller
 
 LOG_FORMAT = "%(asctime)s [{}] %(levelname)s %(message)s"
+
+log = logging.getLogger(__name__)
 
 
 def _end_process(error: BaseException) -> None:
@@ -50,25 +53,38 @@ def bind_address(config: Config) -> str:
 
 
 class NodeActor:
-    """One node. Methods run on the actor's threads; the node has its own."""
+    """One node. Methods run on the actor's threads; the node has its own.
 
-    def __init__(self, role: str, config: Config, node_id: str) -> None:
+    Args:
+        run_id: of the cluster's start; the same for each process of this node.
+    """
+
+    def __init__(self, role: str, config: Config, node_id: str, run_id: str) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT.format(node_id))
+        self._incarnations = Incarnations(f"{run_id}-{node_id}")
+        if not self._incarnations.claim():
+            log.warning("another process of this node holds its record: is it still alive?")
         self._node = _build(role, config, node_id, bind_address(config))
+        self._incarnations.record(self._node.control.epoch)
         self._node.start()
 
     def info(self) -> dict[str, Any]:
-        return self._node.info()
+        return {**self._node.info(), "dead_epochs": self._incarnations.dead_epochs()}
 
     def audit(self) -> dict[str, Any]:
         """Checks every invariant of the node's pools and tables; raises what it found."""
         return self._node.audit()
+
+    def fence_writers(self, reason: str) -> bool:
+        """Ends what any peer can still write to this node, without waiting for its death."""
+        return self._node.fence_writers(reason)
 
     def drain(self, timeout_s: float) -> bool:
         return self._node.drain(timeout_s)
 
     def stop(self) -> None:
         self._node.stop()
+        self._incarnations.forget()
 
 
 class FrontActor:

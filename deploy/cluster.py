@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 import time
@@ -36,6 +37,7 @@ class Cluster:
 
     Attributes:
         url: where the front listens.
+        run_id: tells this start from all others.
         nodes: node id -> actor handle.
     """
 
@@ -43,6 +45,7 @@ class Cluster:
     namespace: str
     owns_ray: bool
     url: str = ""
+    run_id: str = field(default_factory=lambda: secrets.token_hex(8))
     front: Any = None
     nodes: dict[str, Any] = field(default_factory=dict)
     groups: list[Any] = field(default_factory=list)
@@ -202,7 +205,7 @@ def _place_nodes(cluster: Cluster) -> None:
             max_concurrency=8,
             **options,
         )
-        cluster.nodes[node_id] = actor.remote(role, cluster.config, node_id)
+        cluster.nodes[node_id] = actor.remote(role, cluster.config, node_id, cluster.run_id)
     _wait_for_nodes(cluster)
 
 

@@ -129,7 +129,7 @@ class Importer:
         self._control.post(lambda: self._cancel(key, reason))
 
     def fence(self, node_id: str, epoch: int) -> None:
-        """That prefill incarnation, and all before, are dead: their leases end."""
+        """That prefill incarnation is proven dead: its leases end."""
         self._control.post(lambda: self._fence(node_id, epoch))
 
     @property
@@ -179,7 +179,7 @@ class Importer:
 
     def _fence(self, node_id: str, epoch: int) -> None:
         for lease in list(self._leases.values()):
-            if lease.peer.node_id == node_id and lease.peer.epoch <= epoch:
+            if (lease.peer.node_id, lease.peer.epoch) == (node_id, epoch):
                 reason = f"epoch {lease.peer.epoch} of {node_id} is dead"
                 self._advance(lease, WriterFenced(reason))
 
@@ -191,7 +191,7 @@ class Importer:
     # ---- I/O thread: Handler ----
 
     def on_peer_up(self, peer: Peer) -> None:
-        self._fence(peer.node_id, peer.epoch - 1)
+        # A newer incarnation is no proof that the one before is dead: that takes a Fence.
         for lease in self._of(peer):
             self._advance(lease, WriterUp())
 

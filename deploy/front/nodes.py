@@ -12,7 +12,7 @@ that the poller no longer lists gets no new requests; its session stays while re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ class NodeInfo:
         address: of its control socket.
         max_context: longest sequence it takes, in tokens (prefill: longest prompt).
         stats: its counters and gauges; numbers go to /metrics as `tidepool_node_<key>`.
+        dead_epochs: earlier incarnations that are proven dead.
     """
 
     node_id: str
@@ -42,6 +43,7 @@ class NodeInfo:
     host: str = ""
     pid: int = 0
     stats: Mapping[str, Any] = field(default_factory=dict)
+    dead_epochs: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -161,6 +163,7 @@ class NodeDirectory:
         if node is None:
             self._nodes[info.node_id] = Node(info)
             self._control.connect(info.node_id, info.address)
+            self._spread_fences(info)
             return
         if info.epoch < node.info.epoch:
             return
@@ -171,19 +174,25 @@ class NodeDirectory:
         node.info = info
         if info.address != old.address and not node.is_up:
             self._control.connect(info.node_id, info.address)
+        self._spread_fences(info)
 
     def _replace(self, node: Node, info: NodeInfo) -> None:
-        """The incarnation the directory knew is dead; `info` is its successor."""
-        dead = node.info.epoch
+        """The incarnation the directory knew has a successor, `info`, and is spoken to no more."""
+        old = node.info.epoch
         self._drop_session(node)
-        self._on_lost(info.node_id, dead, f"restarted (epoch {dead} is now {info.epoch})")
+        self._on_lost(info.node_id, old, f"restarted (epoch {old} is now {info.epoch})")
         node.info = info
-        self._control.fence(info.node_id, dead)
+        self._control.fence(info.node_id, old)
+
+    def _spread_fences(self, info: NodeInfo) -> None:
+        """Tells all other nodes which incarnations are proven dead, each once a session."""
         fences = self._fences.setdefault(info.node_id, [])
-        fences.append(dead)
+        fresh = [epoch for epoch in info.dead_epochs if epoch not in fences and epoch < info.epoch]
+        fences += fresh
         del fences[:-MAX_FENCES_PER_NODE]
-        for other in self._nodes.values():
-            self._fence(other, info.node_id, dead)
+        for epoch in fresh[-MAX_FENCES_PER_NODE:]:
+            for other in self._nodes.values():
+                self._fence(other, info.node_id, epoch)
 
     def _drop_session(self, node: Node) -> None:
         node.session_epoch = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +113,8 @@ def test_a_dead_node_is_replaced_and_fenced(server, config):
     def restart() -> None:
         first.control.stop()
         second.append(FakeNode("unified-0", 2, config))
-        threaded.update_nodes([second[0].info, other.info])
+        proven = dataclasses.replace(second[0].info, dead_epochs=(1,))
+        threaded.update_nodes([proven, other.info])
 
     try:
         threaded.update_nodes([first.info])

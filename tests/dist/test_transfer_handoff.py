@@ -266,7 +266,7 @@ def test_a_lost_session_fails_what_is_under_way_and_drains_on_the_next_one(link:
     wait_for(lambda: find(link.d, LeaseEnded))
 
 
-def test_a_prefill_that_dies_and_comes_back_ends_its_old_leases(link: Link) -> None:
+def test_leases_of_a_prefill_that_was_replaced_end_once_its_death_is_proven(link: Link) -> None:
     link.grant()
     link.p.stop()
     wait_for(lambda: find(link.d, LeaseQuarantined))
@@ -274,6 +274,10 @@ def test_a_prefill_that_dies_and_comes_back_ends_its_old_leases(link: Link) -> N
     again = End("p", "prefill", LoopbackTransport(), epoch=2)
     try:
         again.control.connect("d", link.d.control.address)
+        wait_for(lambda: again.control.peer("d"))
+        assert not find(link.d, LeaseEnded)
+        link.d.side.fence("p", 2)
+        link.d.side.fence("p", 1)
         wait_for(lambda: find(link.d, LeaseEnded))
     finally:
         again.stop()

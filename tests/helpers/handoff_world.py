@@ -208,6 +208,7 @@ class World:
         A dead prefill cannot write any more: what it had in flight lands before it is fenced.
         """
         dying = self.side(name)
+        dead_epoch = self.epochs[name]
         if name == "p":
             for job in list(dying.mover.writes):
                 dying.mover.writes.remove(job)
@@ -215,6 +216,8 @@ class World:
             self.late_writes.clear()
         self.session_down("d" if name == "p" else "p")
         self.start(name)
+        if name == "p":
+            self.fence("p", dead_epoch)
 
     # ---- moving things along ----
 

@@ -158,6 +158,11 @@ class Faults:
         os.kill(pid, signal.SIGKILL)
         self.note(f"{node_id}: process killed")
 
+    def kill_front(self) -> None:
+        """kill -9 of the front's process."""
+        os.kill(self.cluster.front_pid(), signal.SIGKILL)
+        self.note("front-0: process killed")
+
     @contextmanager
     def stopped_actor(self, node_id: str) -> Iterator[None]:
         """SIGSTOP: the process hangs, its sockets stay open."""

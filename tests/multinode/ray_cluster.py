@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import selectors
 import subprocess
 import sys
@@ -60,6 +61,7 @@ class RayCluster:
             "cluster.prefill": sum(name.startswith("prefill") for name in node_ids),
             "cluster.decode": sum(name.startswith("decode") for name in node_ids),
             "cluster.cpus_per_node": 0.1,
+            "cluster.secret_file": self._write_secret(),
             "front.host": front.address,
             "front.port": FRONT_PORT,
             **(settings or {}),
@@ -132,7 +134,7 @@ class RayCluster:
             **RAY_ENVIRONMENT,
             "RAY_AUTH_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(TESTS),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
         }
         if host is head:
             tables = self.network.directory / "gcs"
@@ -140,6 +142,12 @@ class RayCluster:
             environment["RAY_gcs_storage"] = "rocksdb"
             environment["RAY_gcs_storage_path"] = str(tables)
         return environment
+
+    def _write_secret(self) -> str:
+        path = self.network.directory / "secret"
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_urlsafe(48))
+        return str(path)
 
     def _wait_for_raylets(self, hosts: Sequence[Host]) -> None:
         for host in hosts:

@@ -16,7 +16,7 @@ import pytest
 from multinode.faults import Direction, Faults
 from multinode.hosts import wait_for
 from multinode.ray_cluster import RayCluster
-from multinode.streams import Answers, join, question, start_streams
+from multinode.streams import Answers, join, question, start_streams, wait_for_tokens
 from multinode.traffic import Outcome, Traffic
 
 pytestmark = pytest.mark.multinode
@@ -135,6 +135,20 @@ def test_streams_do_not_notice_a_restart_of_the_head(
     assert broken_by(lambda: None).num_failed == 0  # new requests too
     after = {node_id: info["epoch"] for node_id, info in cluster.ask("info").items()}
     assert before == after, "no node was restarted with it"
+
+
+def test_a_killed_front_is_back_at_its_port_and_nothing_leaks(
+    cluster: RayCluster, answers: Answers, faults: Faults
+) -> None:
+    streams = start_streams(cluster, [question(300, 50, 400)] * 4)
+    wait_for_tokens(streams)
+    faults.kill_front()
+    join(streams)
+    assert {(stream.error or {}).get("code") for stream in streams} == {"connection"}
+    cluster.wait_until_ready(60.0)
+    traffic = Traffic(cluster, answers)
+    traffic.begin()
+    assert traffic.end(time.monotonic()).num_failed == 0
 
 
 def test_clients_that_leave_leave_nothing_behind(cluster: RayCluster, faults: Faults) -> None:

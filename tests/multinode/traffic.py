@@ -39,11 +39,18 @@ class Traffic:
     """See the module. Everything is greedy, so every token is known (`answers`)."""
 
     def __init__(
-        self, cluster: RayCluster, answers: Answers, *, num_streams: int = 8, num_prompts: int = 2
+        self,
+        cluster: RayCluster,
+        answers: Answers,
+        *,
+        num_streams: int = 8,
+        num_prompts: int = 2,
+        prompt_tokens: int = 300,
     ) -> None:
         self._cluster = cluster
         self._answers = answers
-        short = [question(300 + 100 * i, 50 + i, OUTPUT_TOKENS) for i in range(NUM_PROMPTS)]
+        lengths = [prompt_tokens * (3 + i) // 3 for i in range(NUM_PROMPTS)]
+        short = [question(length, 50, OUTPUT_TOKENS) for length in lengths]
         self._questions = [short[i % NUM_PROMPTS] for i in range(num_streams)]
         self._long = [question(LONG_PROMPT, 90 + i, LONG_OUTPUT) for i in range(num_prompts)]
         self._decoding: list[Stream] = []

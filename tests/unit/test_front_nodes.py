@@ -101,13 +101,19 @@ def test_a_unified_node_serves_alone(directory):
     assert route.is_unified and missing_roles(directory) == []
 
 
-def test_a_newer_epoch_loses_the_old_one_and_fences_it(directory, control, lost):
+def test_a_newer_epoch_loses_the_old_one_and_fences_it_once_its_death_is_proven(
+    directory, control, lost
+):
     all_up(directory, TWO_PAIRS)
     restarted = dataclasses.replace(TWO_PAIRS[2], epoch=2, address="tcp://fake/new")
     directory.update([*PAIR, restarted, TWO_PAIRS[3]])
     assert lost == [("prefill-1", 1)]
     assert control.connected["prefill-1"] == "tcp://fake/new"
     assert control.fenced == [("prefill-1", 1)]
+    assert control.messages(wire.Fence) == []
+    proven = dataclasses.replace(restarted, dead_epochs=(1,))
+    for _ in range(2):
+        directory.update([*PAIR, proven, TWO_PAIRS[3]])
     others = ["decode-0", "decode-1", "prefill-0"]
     assert sorted(target for target, _ in control.messages(wire.Fence)) == others
     directory.peer_up("decode-0", 1)
