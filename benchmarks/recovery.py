@@ -37,7 +37,7 @@ from multinode.streams import Answers, join, question, start_streams, wait_for_t
 from multinode.traffic import LONG_PROMPT, Traffic
 
 ROLES = ["head", "front-0", "prefill-0", "decode-0", "prefill-1 decode-1"]
-SETTINGS = {"prefill.chunk_tokens": 256, "decode.seats": 8, "front.node_wait_s": 30.0}
+SETTINGS = {"prefill.chunk_tokens": 256, "decode.seats": 8, "front.recovery_wait_s": 60.0}
 NUM_STREAMS = 16
 NUM_PROMPTS = 2
 PROMPT_TOKENS = 150

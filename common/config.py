@@ -140,7 +140,9 @@ class FrontSection:
     max_attempts: int = 3
     """Times a request is submitted before the client sees the failure."""
     node_wait_s: float = 8.0
-    """How long a request waits for a node to come (back) before it is answered 503."""
+    """How long a new request waits for a node to come before it is answered 503."""
+    recovery_wait_s: float = 60.0
+    """How long a request that lost its node waits for another, or for a new process of that one."""
     stall_s: float = 30.0
     """A request with no token for so long is submitted again."""
     drain_s: float = 30.0
@@ -254,7 +256,7 @@ def _time_faults(config: Config) -> Iterator[str]:
     ):
         if not getattr(transfer, name) > 0:
             yield f"transfer.{name}: must be positive, not {getattr(transfer, name)}"
-    for name in ("node_wait_s", "stall_s", "drain_s"):
+    for name in ("node_wait_s", "recovery_wait_s", "stall_s", "drain_s"):
         if not getattr(config.front, name) > 0:
             yield f"front.{name}: must be positive, not {getattr(config.front, name)}"
     if transfer.heartbeat_timeout_s < 2 * transfer.heartbeat_interval_s:

@@ -30,6 +30,7 @@ class Bounds:
 
     max_attempts: int
     node_wait_s: float
+    recovery_wait_s: float
     first_token_s: float
     stall_s: float
     progress_s: float
@@ -44,6 +45,7 @@ class Bounds:
         return cls(
             max_attempts=front.max_attempts,
             node_wait_s=front.node_wait_s,
+            recovery_wait_s=front.recovery_wait_s,
             first_token_s=transfer.deadline_s + front.stall_s,
             stall_s=front.stall_s,
             progress_s=10 * front.stall_s,

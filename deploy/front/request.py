@@ -7,7 +7,7 @@ runs; an ended request has either a finish reason or an error and sends nothing 
 | state   | event                             | next                                    |
 |---------|-----------------------------------|-----------------------------------------|
 | WAITING | a route is found: `submit`        | RUNNING                                 |
-| WAITING | `node_wait_s` is over             | ENDED (503)                             |
+| WAITING | its wait is over                  | ENDED (503)                             |
 | RUNNING | Finish, and all its tokens are in | ENDED                                   |
 | RUNNING | node lost, failure, silence, gap  | WAITING, or ENDED after `max_attempts`  |
 | any     | `stop`, `fail`                    | ENDED                                   |
@@ -221,7 +221,9 @@ class FrontRequest:
     def on_tick(self, now_s: float) -> list[Send]:
         """Keeps every wait bounded; called several times a second."""
         if self.state is RequestState.WAITING:
-            if now_s - self._waiting_since_s > self._bounds.node_wait_s:
+            bounds = self._bounds
+            wait_s = bounds.recovery_wait_s if self.attempts else bounds.node_wait_s
+            if now_s - self._waiting_since_s > wait_s:
                 self._finish_with(self._last_failure or _no_node())
             return []
         if self._attempt is None:

@@ -40,7 +40,13 @@ TWO_PAIRS = [*PAIR, node("prefill-1", "prefill"), node("decode-1", "decode")]
 
 
 def make_config(**sections: dict[str, Any]) -> Config:
-    front = {"port": 0, "node_wait_s": 0.5, "stall_s": 1.0, **sections.pop("front", {})}
+    front = {
+        "port": 0,
+        "node_wait_s": 0.5,
+        "recovery_wait_s": 2.0,
+        "stall_s": 1.0,
+        **sections.pop("front", {}),
+    }
     transfer = {"resend_interval_s": 0.1, "deadline_s": 2.0, **sections.pop("transfer", {})}
     return parse({"front": front, "transfer": transfer, **sections})
 

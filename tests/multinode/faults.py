@@ -77,6 +77,16 @@ class Faults:
             yield
 
     @contextmanager
+    def cut_between(self, host: Host, other: Host) -> Iterator[None]:
+        """The two hosts cannot reach each other; everybody else can reach both."""
+        rules: dict[Direction, str] = {
+            "to": f"ip saddr {other.address} drop",
+            "from": f"ip daddr {other.address} drop",
+        }
+        with self._filtered([host], rules, f"cut off from {other.name}"):
+            yield
+
+    @contextmanager
     def random_loss(self, hosts: Sequence[Host], percent: int) -> Iterator[None]:
         """Each packet to a host is lost with this probability."""
         rule = f"numgen random mod 100 < {percent} drop"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +136,25 @@ def test_streams_do_not_notice_a_restart_of_the_head(
     assert broken_by(lambda: None).num_failed == 0  # new requests too
     after = {node_id: info["epoch"] for node_id, info in cluster.ask("info").items()}
     assert before == after, "no node was restarted with it"
+
+
+def test_a_node_that_ray_calls_dead_is_used_while_it_lives(
+    cluster: RayCluster, answers: Answers, faults: Faults
+) -> None:
+    """Only Ray's head cannot see the host. The daemon ends itself once it is told; then it is over."""
+    head, host = cluster.network.hosts[0], cluster.where("decode-0")
+    pid = cluster.pid("decode-0")
+    with faults.cut_between(host, head):
+        wait_for(lambda: cluster.ask("alive")["nodes"] == 4, 60.0, "Ray to give the host up")
+        faults.note("Ray has given the host up")
+        assert cluster.node_states()["decode-0"] == "up"
+        traffic = Traffic(cluster, answers)
+        traffic.begin()
+        since_s = time.monotonic()
+    assert traffic.end(since_s).num_failed == 0
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), 60.0, "the forgotten node to end")
+    faults.power_off(host)
+    faults.boot(host)
 
 
 def test_a_killed_front_is_back_at_its_port_and_nothing_leaks(

@@ -225,7 +225,9 @@ def test_silence_loses_the_attempt_and_later_the_request():
     assert isinstance(probe.message, wire.Resume)
     request.on_tick(1.6)
     assert request.losses == ["stall"]
-    request.on_tick(2.2)
+    request.on_tick(1.6 + request._bounds.recovery_wait_s)
+    assert request.error is None
+    request.on_tick(1.7 + request._bounds.recovery_wait_s)
     assert request.error is not None and request.error.status == 503
 
 
