@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from multinode.streams import Answers, join, question, start_streams, wait_for_t
 from multinode.traffic import LONG_PROMPT, Traffic
 
 ROLES = ["head", "front-0", "prefill-0", "decode-0", "prefill-1 decode-1"]
-SETTINGS = {"prefill.chunk_tokens": 256, "decode.seats": 8, "front.recovery_wait_s": 60.0}
+SETTINGS = {"prefill.chunk_tokens": 256, "decode.seats": 16, "front.recovery_wait_s": 60.0}
 NUM_STREAMS = 16
 NUM_PROMPTS = 2
 PROMPT_TOKENS = 150
@@ -346,6 +347,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/reports"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # hosts are removed
     facts = facts_of("python " + " ".join(["benchmarks/recovery.py", *sys.argv[1:]]))
     deadline_s = time.monotonic() + 60 * options.minutes
     with multinode_cluster(ROLES, SETTINGS) as cluster:

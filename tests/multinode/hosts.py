@@ -29,6 +29,7 @@ NAME_PREFIX = "tidepool"
 SUBNET = "10.77.0"
 CLIENT_ADDRESS = f"{SUBNET}.254"
 BOOT_TIMEOUT_S = 10.0
+_DIRECTORY_PREFIX = f"{NAME_PREFIX}-hosts-"
 _CLONE_NEWNET = 0x40000000
 _DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -205,7 +206,7 @@ class Network:
     def __init__(self, num_hosts: int) -> None:
         assert os.geteuid() == 0, "hosts are network namespaces: run as root"
         remove_leftovers()
-        self.directory = Path(tempfile.mkdtemp(prefix=f"{NAME_PREFIX}-hosts-"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{_DIRECTORY_PREFIX}{os.getpid()}-"))
         self.hosts = [Host(self, number) for number in range(1, num_hosts + 1)]
         try:
             self._build_switch()
@@ -251,12 +252,18 @@ class Network:
 
 
 def remove_leftovers() -> None:
-    """Deletes the namespaces of runs whose process is gone."""
+    """Deletes the namespaces and directories of runs whose process is gone."""
     for name in _namespaces():
-        prefix, _, rest = name.partition("-")
-        pid = rest.partition("-")[0]
-        if prefix == NAME_PREFIX and pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+        if name.startswith(f"{NAME_PREFIX}-") and _is_of_dead_run(name, f"{NAME_PREFIX}-"):
             _delete_namespaces(name)
+    for directory in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY_PREFIX}*"):
+        if _is_of_dead_run(directory.name, _DIRECTORY_PREFIX):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_of_dead_run(name: str, prefix: str) -> bool:
+    pid = name.removeprefix(prefix).partition("-")[0]
+    return pid.isdecimal() and not Path(f"/proc/{pid}").exists()
 
 
 def _namespaces() -> Sequence[str]:
