@@ -11,6 +11,7 @@ from ..common.step_loop import Engine, StepLoop
 from ..model.runtime import load_runtime
 from ..transfer.control import ControlLoop
 from ..transfer.curve import cluster_keys
+from ..transfer.fencing import PATIENCE_S, DataFence
 from ..transfer.fronts import FrontHandler
 from ..transfer.importer import Importer
 from ..transfer.mover import Mover
@@ -61,6 +62,15 @@ def build_node(
         config.transfer,
         has_checksums=has_checksums(config.transfer),
         post_event=step_loop.post,
+        end_reach=lambda reason: fence.request(reason, PATIENCE_S),
+    )
+    fence = DataFence(
+        transport,
+        end_leases=importer.end_all,
+        set_data_address=control.set_data_address,
+        post=control.post,
+        num_receiving=lambda: importer.num_receiving,
+        clock=clock,
     )
     decode = DecodeEngine(
         runtime.model,
@@ -69,7 +79,15 @@ def build_node(
         clock=clock,
         park_after_tokens=config.decode.park_after_tokens,
     )
-    engines += [Auditor((decode,)), Receiver(importer, decode, geometry, index), decode]
+    receiver = Receiver(
+        importer,
+        decode,
+        geometry,
+        index,
+        fence=fence,
+        max_quarantine_share=config.transfer.max_quarantine_share,
+    )
+    engines += [Auditor((decode,)), receiver, decode]
     fronts = FrontHandler(
         step_loop.post,
         lambda: control.set_load(decode.load()),
@@ -83,5 +101,6 @@ def build_node(
         [importer, fronts],
         (decode,),
         max_context=max_context(config, runtime.model.config),
-        closers=(mover.stop, transport.close, index.close, coordinator.host.close),
+        fence=fence,
+        closers=(fence.stop, mover.stop, transport.close, index.close, coordinator.host.close),
     )

@@ -21,6 +21,7 @@ from ..transfer.events import (
     LeaseQuarantined,
     OfferArrived,
 )
+from ..transfer.fencing import DataFence
 from ..transfer.importer import Importer
 from .engine import DecodeEngine
 from .sequence import Sequence, SequenceState
@@ -37,11 +38,21 @@ class Receiver:
         engine: who admits and runs the requests.
         geometry: sizes, for the count of bytes received.
         index: the index pool's mirror; a ready prompt's keys go from it to the device.
+        fence: forced when more than `max_quarantine_share` of the host pages are in quarantine.
     """
 
     def __init__(
-        self, importer: Importer, engine: DecodeEngine, geometry: KvGeometry, index: HostMirror
+        self,
+        importer: Importer,
+        engine: DecodeEngine,
+        geometry: KvGeometry,
+        index: HostMirror,
+        *,
+        fence: DataFence,
+        max_quarantine_share: float,
     ) -> None:
+        self._fence = fence
+        self._max_quarantine_share = max_quarantine_share
         self._index = index
         self._importer = importer
         self._engine = engine
@@ -71,6 +82,11 @@ class Receiver:
         return True
 
     def step(self) -> bool:
+        """Too many pages wait for writers that are lost: the node ends their reach itself."""
+        pages = self._engine.coordinator.host.pages
+        if pages.num_quarantined > self._max_quarantine_share * pages.num_total:
+            share = f"{pages.num_quarantined} of {pages.num_total} pages"
+            self._fence.request(f"{share} are in quarantine")
         return False
 
     def _offered(self, event: OfferArrived) -> None:
@@ -123,7 +139,13 @@ class Receiver:
             self._importer.cancel(sequence.key, "the request ended on decode")
 
     def _stats(self) -> dict[str, float]:
-        return {"bytes_received": self.bytes_received, "open_leases": len(self._open)}
+        return {
+            "bytes_received": self.bytes_received,
+            "open_leases": len(self._open),
+            "data_fences": self._fence.num_fences,
+            "data_fences_failed": self._fence.num_failed,
+            "last_data_fence_ms": self._fence.last_ms,
+        }
 
 
 def first_pages(runs: Iterable[PageRun], num_pages: int) -> tuple[PageRun, ...]:

@@ -228,8 +228,14 @@ class ControlLoop:
         self.post(lambda: self._fence(node_id, epoch))
 
     def set_data_address(self, data_address: str) -> None:
-        """From now on peers are told this address; sessions with nodes end and begin anew."""
-        self.post(lambda: self._set_data_address(data_address))
+        """From now on peers are told this address; sessions with nodes end and begin anew.
+
+        On the I/O thread it happens at once, elsewhere soon.
+        """
+        if threading.current_thread() is self._thread:
+            self._set_data_address(data_address)
+        else:
+            self.post(lambda: self._set_data_address(data_address))
 
     def refusal(self, node_id: str) -> str | None:
         return self._refusals.get(node_id)

@@ -33,6 +33,7 @@ from .outbound import (
     Send,
     StartWrite,
     StopWrites,
+    TargetFenced,
     Tick,
     WriteEnded,
 )
@@ -156,11 +157,19 @@ class Exporter:
             if peer is not None and peer.node_id == node_id and peer.epoch <= epoch:
                 self._advance(transfer, PeerReplaced(f"epoch {peer.epoch} of {node_id} is dead"))
 
+    def _see_data_address(self, peer: Peer) -> None:
+        """A decode node that tells another address has closed the one before."""
+        for transfer in self._with(peer.node_id):
+            old = transfer.peer
+            if old is not None and old.hello.data_address != peer.hello.data_address:
+                self._advance(transfer, TargetFenced(f"{peer.node_id} has a new data address"))
+
     # ---- I/O thread: Handler ----
 
     def on_peer_up(self, peer: Peer) -> None:
         self._up[peer.node_id] = peer
         self._fence(peer.node_id, peer.epoch - 1)
+        self._see_data_address(peer)
         for transfer in self._with(peer.node_id):
             self._advance(transfer, PeerUp())
 

@@ -40,6 +40,9 @@ from .pages import expand, page_segments
 from .session import Control, Peer
 
 MAX_REMEMBERED_KEYS = 65536
+MAX_REMEMBERED_LEASES = 4096
+PROOF_WAIT_S = 1.5
+"""A node that restarts on its machine proves within about a second that its last process is dead."""
 
 
 class VerifyMover(Protocol):
@@ -55,6 +58,9 @@ class _Lease:
         self.machine = machine
         self.peer = peer
         self.pages = pages
+        self.was_ready = False
+        self.orphan_since_s: float | None = None
+        """When its writer was replaced; it ends with the proof that it is dead, or `end_all`."""
 
 
 class Importer:
@@ -66,6 +72,9 @@ class Importer:
         regions: own memory, as in this node's Hello.
         has_checksums: whether chunks must carry checksums, and are verified.
         post_event: gets each event; thread-safe, never blocks.
+        end_reach: asked, with a reason, to end what writers can still reach that were replaced
+            `proof_wait_s` ago without a proof of their death, and then to call `end_all`; asked
+            again and again until it has. None: their leases wait for a Fence.
     """
 
     def __init__(
@@ -77,7 +86,11 @@ class Importer:
         *,
         has_checksums: bool,
         post_event: Callable[[ImportEvent], None],
+        end_reach: Callable[[str], object] | None = None,
+        proof_wait_s: float = PROOF_WAIT_S,
     ) -> None:
+        self._end_reach = end_reach
+        self._proof_wait_s = proof_wait_s
         self._control = control
         self._mover = mover
         self._regions = {region.name: region for region in regions}
@@ -90,6 +103,7 @@ class Importer:
         self._leases: dict[int, _Lease] = {}
         self._by_key: dict[Key, _Lease] = {}
         self._past: OrderedDict[Key, wire.Refuse] = OrderedDict()
+        self._ended: OrderedDict[int, _Lease] = OrderedDict()
 
     # ---- any thread ----
 
@@ -131,6 +145,20 @@ class Importer:
     def fence(self, node_id: str, epoch: int) -> None:
         """That prefill incarnation is proven dead: its leases end."""
         self._control.post(lambda: self._fence(node_id, epoch))
+
+    def end_all(self, reason: str) -> None:
+        """Nobody can write any more through the data address all leases were granted under.
+
+        I/O thread only; no grant may follow before peers have been told another address.
+        """
+        for lease in list(self._leases.values()):
+            self._advance(lease, WriterFenced(reason))
+
+    @property
+    def num_receiving(self) -> int:
+        """Leases that a live writer writes to; any thread."""
+        leases = self._leases.copy().values()
+        return sum(lease.machine.state is InboundState.RECEIVING for lease in leases)
 
     @property
     def num_leases(self) -> int:
@@ -183,15 +211,29 @@ class Importer:
                 reason = f"epoch {lease.peer.epoch} of {node_id} is dead"
                 self._advance(lease, WriterFenced(reason))
 
+    def _orphan(self, node_id: str, epoch: int) -> None:
+        """Older incarnations are replaced, which is no proof that they are dead."""
+        for lease in list(self._leases.values()):
+            is_older = lease.peer.node_id == node_id and lease.peer.epoch < epoch
+            if is_older and lease.orphan_since_s is None:
+                lease.orphan_since_s = self._control.clock.now()
+                self._advance(lease, WriterDown(f"{node_id} was replaced by epoch {epoch}"))
+
     def _remember(self, key: Key, refuse: wire.Refuse) -> None:
         self._past[key] = refuse
         if len(self._past) > MAX_REMEMBERED_KEYS:
             self._past.popitem(last=False)
 
+    def _remember_lease(self, lease: _Lease) -> None:
+        lease.pages = {}
+        self._ended[lease.machine.lease_id] = lease
+        if len(self._ended) > MAX_REMEMBERED_LEASES:
+            self._ended.popitem(last=False)
+
     # ---- I/O thread: Handler ----
 
     def on_peer_up(self, peer: Peer) -> None:
-        # A newer incarnation is no proof that the one before is dead: that takes a Fence.
+        self._orphan(peer.node_id, peer.epoch)
         for lease in self._of(peer):
             self._advance(lease, WriterUp())
 
@@ -203,8 +245,13 @@ class Importer:
             self._advance(lease, WriterDown(reason))
 
     def on_tick(self, now_s: float) -> None:
+        num_orphans = 0
         for lease in list(self._leases.values()):
+            since_s = lease.orphan_since_s
+            num_orphans += since_s is not None and now_s - since_s >= self._proof_wait_s
             self._advance(lease, LeaseTick())
+        if num_orphans and self._end_reach is not None:
+            self._end_reach(f"writers of {num_orphans} leases were replaced, and may be alive")
 
     def on_message(self, peer: Peer, message: wire.Message) -> bool:
         if peer.role == "front":
@@ -254,6 +301,18 @@ class Importer:
             self._advance(lease, message)
         elif isinstance(message, wire.Drained):
             self._control.send(peer.node_id, wire.DrainedAck(message.lease_id))
+        elif message.lease_id in self._ended:
+            self._answer_late(peer, self._ended[message.lease_id], message)
+
+    def _answer_late(self, peer: Peer, lease: _Lease, message: wire.Chunk | wire.Commit) -> None:
+        """The lease was fenced under a writer that lives: it hears how it ended."""
+        self._check_writer(lease, peer)
+        lease_id = lease.machine.lease_id
+        if not lease.was_ready:
+            cancel = wire.Cancel(*lease.machine.key, "the lease was fenced", lease_id)
+            self._control.send(peer.node_id, cancel)
+        elif isinstance(message, wire.Commit):
+            self._control.send(peer.node_id, wire.CommitAck(lease_id))
 
     def _check_writer(self, lease: _Lease, peer: Peer) -> None:
         if (lease.peer.node_id, lease.peer.epoch) != (peer.node_id, peer.epoch):
@@ -274,10 +333,12 @@ class Importer:
     def _advance(self, lease: _Lease, event: Event) -> None:
         actions = lease.machine.advance(event)
         key = lease.machine.key
+        lease.was_ready |= lease.machine.state is InboundState.READY
         if lease.machine.state is InboundState.ENDED and self._by_key.get(key) is lease:
             del self._by_key[key]
             del self._leases[lease.machine.lease_id]
             self._remember(key, wire.Refuse(*key, "this attempt has ended here", 409, "ended"))
+            self._remember_lease(lease)
         for action in actions:
             self._execute(lease, action)
 

@@ -67,7 +67,7 @@ class WriterDown:
 
 @dataclass(frozen=True, slots=True)
 class WriterFenced:
-    """The writer's incarnation is dead: it can never write again."""
+    """The writer's incarnation is dead, or what it writes to is closed: it can never write again."""
 
     reason: str
 

@@ -12,7 +12,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 
-from ..common.errors import TransferError
+from ..common.errors import InvariantError, TransferError
 from .transport import Channel, Ticket, TicketStatus, Transport, Write, check_new_range
 
 
@@ -51,6 +51,7 @@ class LoopbackTransport(Transport):
         self._ranges: list[tuple[int, int]] = []
         self._choose_fault = choose_fault or (lambda write: None)
         self._late: list[tuple[Channel, Write]] = []
+        self._has_submitted = False
         with _lock:
             _transports[self._address] = self
 
@@ -68,6 +69,7 @@ class LoopbackTransport(Transport):
         return Channel(peer_data_address)
 
     def submit(self, channel: Channel, writes: Sequence[Write]) -> Ticket:
+        self._has_submitted = True
         return _LoopbackTicket(channel, list(writes))
 
     def poll(self, ticket: Ticket) -> TicketStatus:
@@ -89,6 +91,14 @@ class LoopbackTransport(Transport):
         for channel, write in late:
             self._copy(channel, write)
         return len(late)
+
+    def renew(self) -> None:
+        if self._has_submitted:
+            raise InvariantError("a transport that writes cannot be renewed")
+        with _lock:
+            _transports.pop(self._address, None)
+            self._address = f"loopback:{next(_names)}"
+            _transports[self._address] = self
 
     def close(self) -> None:
         with _lock:

@@ -9,6 +9,11 @@ What the engine does, found by experiment with 0.3.13.post1 over TCP:
 * Check answers 1 only after the target has applied the bytes. -1 and -2 do not say whether bytes
   that are in kernel buffers will still land: FAILED_UNKNOWN.
 * The first submit to a peer performs the handshake, which can block: `open` does it beforehand.
+* Unregistering memory refuses writes that begin later; of one that is under way all the rest lands.
+  It ends with its connection: `renew` unregisters, then cuts the connections, then waits until the
+  engine has closed them. Destroying the engine is a fence too, but stops every Python thread for
+  about a second, so that old engines are kept, with nothing registered, and only the oldest of many
+  is destroyed.
 
 Where the wheel has scatter tickets (0.3.14), these are used: they do know whether they are drained.
 """
@@ -19,7 +24,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..common.errors import TransferError
+from ..common.errors import InvariantError, TransferError
+from .own_sockets import cut_connections, listening_ports
 from .transport import Channel, Ticket, TicketStatus, Transport, Write, check_new_range
 
 ENVIRONMENT_DEFAULTS = {
@@ -33,6 +39,25 @@ ENVIRONMENT_DEFAULTS = {
 must stay under the transfer timeout; a stale descriptor of a restarted peer must be refreshed."""
 
 _PENDING, _DONE = 0, 1
+_MAX_STARTS = 16
+_MAX_RETIRED = 8
+"""Engines kept after `renew`; each has nine threads that sleep."""
+_CUT_TIMEOUT_S = 5.0
+
+
+def _register(engine: Any, address: int, num_bytes: int) -> None:
+    code = engine.register_memory(address, num_bytes)
+    if code != 0:
+        raise TransferError(
+            f"cannot register {num_bytes} bytes at {address:#x}: code {code}", is_drained=True
+        )
+
+
+def _silence(engine: Any, ranges: Sequence[tuple[int, int]], ports: frozenset[int]) -> bool:
+    """Ends what peers can write through an engine; False if that cannot be told."""
+    codes = [engine.unregister_memory(address) for address, _ in ranges]
+    is_known = len(ports) > 1  # the handshake's port and the data port
+    return is_known and not any(codes) and cut_connections(ports, _CUT_TIMEOUT_S)
 
 
 class _Ticket(Ticket):
@@ -63,26 +88,38 @@ class MooncakeTransport(Transport):
             from mooncake.engine import TransferEngine  # noqa: PLC0415
         except ImportError as error:
             raise TransferError(f"cannot load the transfer engine: {error}") from error
-        self._engine: Any = TransferEngine()
-        code = self._engine.initialize(host, "P2PHANDSHAKE", protocol, "")
-        if code != 0:
-            self._engine = None
-            raise TransferError(f"the {protocol} engine does not start on {host}: code {code}")
-        self._address = f"{host}:{self._engine.get_rpc_port()}"
+        self._make_engine = TransferEngine
+        self._host = host
+        self._protocol = protocol
         self._ranges: list[tuple[int, int]] = []
+        self._retired: list[Any] = []
+        self._retired_ports: frozenset[int] = frozenset()
+        self._has_submitted = False
+        self._engine: Any = None
+        self._engine, self._ports = self._start()
         self._has_scatter = hasattr(self._engine, "submit_scatter_write")
+
+    def _start(self) -> tuple[Any, frozenset[int]]:
+        """A new engine with all ranges registered, and the ports it listens on."""
+        before = listening_ports()
+        engine = self._make_engine()
+        code = engine.initialize(self._host, "P2PHANDSHAKE", self._protocol, "")
+        if code != 0:
+            raise TransferError(
+                f"the {self._protocol} engine does not start on {self._host}: code {code}",
+                is_drained=True,
+            )
+        for address, num_bytes in self._ranges:
+            _register(engine, address, num_bytes)
+        return engine, frozenset({engine.get_rpc_port()} | (listening_ports() - before))
 
     @property
     def data_address(self) -> str:
-        return self._address
+        return f"{self._host}:{self._running().get_rpc_port()}"
 
     def register(self, address: int, num_bytes: int) -> None:
         check_new_range(self._ranges, address, num_bytes)
-        code = self._running().register_memory(address, num_bytes)
-        if code != 0:
-            raise TransferError(
-                f"cannot register {num_bytes} bytes at {address:#x}: code {code}", is_drained=True
-            )
+        _register(self._running(), address, num_bytes)
         self._ranges.append((address, num_bytes))
 
     def open(self, peer_data_address: str) -> Channel:
@@ -95,6 +132,7 @@ class MooncakeTransport(Transport):
 
     def submit(self, channel: Channel, writes: Sequence[Write]) -> Ticket:
         engine = self._running()
+        self._has_submitted = True
         peer = channel.peer_data_address
         if self._has_scatter:
             return _Ticket([], self._submit_scatter(peer, writes))
@@ -114,6 +152,30 @@ class MooncakeTransport(Transport):
             ticket.status = self._poll_scatter(ticket) if is_scatter else self._poll_each(ticket)
         return ticket.status
 
+    def renew(self) -> None:
+        if self._has_submitted:
+            raise InvariantError("a transport that writes cannot be renewed")
+        old, old_ports = self._running(), self._ports
+        self._engine, self._ports = self._start_on_fresh_ports()
+        self._retired_ports |= old_ports
+        if _silence(old, self._ranges, old_ports):
+            self._retired.append(old)
+            del self._retired[:-_MAX_RETIRED]
+            return
+        del old  # the last reference
+        if old_ports & listening_ports():
+            raise TransferError(f"the old engine still listens on {sorted(old_ports)}")
+
+    def _start_on_fresh_ports(self) -> tuple[Any, frozenset[int]]:
+        """A peer that has not heard tries the old ports for ever: they are not used again."""
+        rejected: list[Any] = []
+        for _ in range(_MAX_STARTS):
+            engine, ports = self._start()
+            if not ports & self._retired_ports:
+                return engine, ports
+            rejected.append(engine)  # kept for now, so that its ports are not given out again
+        raise TransferError(f"no fresh ports in {_MAX_STARTS} starts of the engine")
+
     def close(self) -> None:
         """Takes up to a second: the engine waits for its threads."""
         engine, self._engine = self._engine, None
@@ -121,6 +183,7 @@ class MooncakeTransport(Transport):
             for address, _ in self._ranges:
                 engine.unregister_memory(address)
             self._ranges = []
+            self._retired.clear()
 
     def _running(self) -> Any:
         if self._engine is None:

@@ -17,6 +17,7 @@ from ..common.errors import InvariantError, PeerError
 from ..common.step_loop import Engine, StepLoop
 from ..common.wire import Load
 from .control import ControlLoop
+from .fencing import DataFence
 from .session import CompositeHandler, Handler
 
 AUDIT_TIMEOUT_S = 10.0
@@ -73,6 +74,7 @@ class Node:
         engines: the node's engines, each stepped by `step_loop`.
         closers: called last, in order: the transfer thread, the transport, pinned memory.
         max_context: longest sequence the node takes, in tokens.
+        fence: of a node whose memory peers write to.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class Node:
         engines: Sequence[NodeEngine],
         *,
         max_context: int,
+        fence: DataFence | None = None,
         closers: Sequence[Callable[[], None]] = (),
     ) -> None:
+        self._fence = fence
         self.control = control
         self._step_loop = step_loop
         self._handlers = handlers
@@ -123,6 +127,13 @@ class Node:
         if audit.error is not None:
             raise audit.error
         return self.info()
+
+    def fence_writers(self, reason: str) -> bool:
+        """Ends what any peer can still write here, now; False if there is nothing to fence.
+
+        Transfers under way fail and are tried again; requests that run go on.
+        """
+        return self._fence is not None and self._fence.request(reason)
 
     def drain(self, timeout_s: float) -> bool:
         """Takes no new requests and waits for those it has; False if some are left."""

@@ -103,6 +103,13 @@ class PeerReplaced:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class TargetFenced:
+    """Decode lives, and has closed the address that the lease was granted under."""
+
+    reason: str
+
+
 Event = (
     PagesReady
     | CommitReady
@@ -112,6 +119,7 @@ Event = (
     | PeerUp
     | PeerDown
     | PeerReplaced
+    | TargetFenced
     | wire.Grant
     | wire.Defer
     | wire.Refuse
@@ -184,6 +192,8 @@ class Outbound:
     chunks: list[_Chunk] = field(default_factory=list)
     num_in_flight: int = 0
     has_unknown: bool = False
+    _is_fenced: bool = False
+    """Nothing that was or will be written under the lease can land."""
     _is_peer_up: bool = False
     _is_cancel_heard: bool = False
     _has_ended: bool = False
@@ -392,7 +402,7 @@ class Outbound:
         """Nothing is in flight and nothing will be: what follows depends on what is known."""
         if not self.lease_id:
             self._settle(OutboundState.CLOSED)
-        elif self.has_unknown:
+        elif self.has_unknown and not self._is_fenced:
             self._settle(OutboundState.QUARANTINED)
         else:
             self._settle(OutboundState.DRAINED)
@@ -409,10 +419,18 @@ class Outbound:
     def _close(self, event: Event) -> None:
         self.state = OutboundState.CLOSED
 
-    def _on_quarantine_over(self, event: PeerReplaced) -> None:
-        """Whatever is still on its way is meant for a process that is dead."""
+    def _on_quarantine_over(self, event: PeerReplaced | TargetFenced) -> None:
+        """Whatever is still on its way is meant for a process or an address that is gone."""
         self.state = OutboundState.CLOSED
         self._post(ExportUnquarantined(self.request.key))
+
+    def _on_fenced_streaming(self, event: TargetFenced) -> None:
+        self._is_fenced = True
+        self._fail(event.reason)
+
+    def _on_fenced(self, event: TargetFenced) -> None:
+        """Decode may have taken the request before: it answers a Commit with how the lease ended."""
+        self._is_fenced = True
 
     def _on_cancel_heard(self, event: wire.Cancel) -> None:
         self._is_cancel_heard = True
@@ -535,6 +553,9 @@ def _transitions() -> dict[tuple[OutboundState, type], Callable[[Outbound, objec
     on(PeerReplaced, Outbound._on_replaced_late, cancelled)
     on(PeerReplaced, Outbound._close, drained)
     on(PeerReplaced, Outbound._on_quarantine_over, quarantined)
+    on(TargetFenced, Outbound._on_fenced_streaming, granted, streaming)
+    on(TargetFenced, Outbound._on_fenced, committed, cancelled, drained)
+    on(TargetFenced, Outbound._on_quarantine_over, quarantined)
     on(wire.Grant, Outbound._on_grant, offered)
     on(wire.Grant, ignore, *leased, cancelled, quarantined)
     on(wire.Grant, Outbound._resend_drained, drained)

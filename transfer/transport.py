@@ -1,7 +1,7 @@
 """What moves bytes: the interface that loopback and Mooncake implement, and that the mover uses.
 
-Only the mover's thread calls `submit` and `poll`; `open` may block and runs on a thread of its own;
-`register` and `close` are called at start and stop. A write is one contiguous copy from local to
+Only the mover's thread calls `submit` and `poll`; `open` and `renew` may block and run on threads of
+their own; `register` and `close` are called at start and stop. A write is one contiguous copy from local to
 remote registered memory. A batch is not atomic: when it fails, any part of it may have landed.
 """
 
@@ -70,6 +70,16 @@ class Transport(Protocol):
 
     def poll(self, ticket: Ticket) -> TicketStatus:
         """Never blocks. May be called again after the end, with the same answer."""
+        ...
+
+    def renew(self) -> None:
+        """Moves to a new data address, with everything registered, and closes the old one.
+
+        When it returns, nothing that peers have submitted or will submit for the old address can
+        land any more, whatever state they are in. For transports that only receive: InvariantError
+        after the first `submit`. Blocks for a second or two. TransferError if it fails: then bytes
+        may still land, and it can be tried again.
+        """
         ...
 
     def close(self) -> None:

@@ -26,6 +26,8 @@ NODE_COUNTERS = frozenset(
         "bytes_sent",
         "bytes_swapped_in",
         "checksum_errors",
+        "data_fences",
+        "data_fences_failed",
         "decode_steps",
         "failed_requests",
         "hellos_refused",

@@ -7,9 +7,13 @@ ends with a FakeClock and keeps the ledgers that the properties speak of.
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from tidepool.common import wire
 from tidepool.common.clock import FakeClock
@@ -128,6 +132,7 @@ class World:
         self.protocol_errors: list[str] = []
         self.next_key = 0
         self.num_unknown = 0
+        self.generation = 0
         self.start("p")
         self.start("d")
 
@@ -284,6 +289,8 @@ class World:
 
     def end_write(self, index: int, status: TicketStatus, *, is_bad: bool = False) -> None:
         job = self.p.mover.writes.pop(index)
+        if self.target_of(job) is None and status is TicketStatus.DONE:
+            status = TicketStatus.FAILED_UNKNOWN
         tags = self.tags_of(job)
         checksums = tuple(
             self.source_tag[(page[0][0] - (1 << 20)) // PAGE_BYTES] for page in job.pages
@@ -293,7 +300,7 @@ class World:
                 tags = dict.fromkeys(tags, -1)
             self.land(self.target_of(job), tags)
         elif status is TicketStatus.FAILED_UNKNOWN:
-            self.num_unknown += 1
+            self.num_unknown += self.target_of(job) is self.d
             self.late_writes.append((self.d, job, tags))
             checksums = ()
         else:
@@ -430,6 +437,23 @@ class World:
         node = self.d if which == "p" else self.p
         node.handler.fence(which, epoch)
         self.flush(node)
+
+    def fence_data(self) -> None:
+        """Decode closes its data address: no write for it lands any more; then peers hear."""
+        self.d.handler.end_all("fenced by the test")
+        self.flush(self.d)
+        self.generation += 1
+        fresh = f"data:d:{self.epochs['d']}:{self.generation}"
+        self.d.peer = dataclasses.replace(
+            self.d.peer, hello=msgspec.structs.replace(self.d.peer.hello, data_address=fresh)
+        )
+        for job in list(self.p.mover.writes):
+            if self.target_of(job) is None and random.Random(self.generation).random() < 0.5:
+                self.p.mover.writes.remove(job)
+                job.on_end(WriteResult(TicketStatus.FAILED_UNKNOWN, (), "fenced"))
+        self.num_unknown = 0
+        self.session_down("d")
+        self.session_up("p")
 
     # ---- what must hold ----
 

@@ -21,6 +21,10 @@ class Memory:
         ctypes.memmove(self.address, data, self.num_bytes)
         return data
 
+    def set(self, start: int, num_bytes: int, byte: int) -> None:
+        assert 0 <= start <= start + num_bytes <= self.num_bytes
+        ctypes.memset(self.address + start, byte, num_bytes)
+
     def read(self, start: int = 0, num_bytes: int | None = None) -> bytes:
         return ctypes.string_at(self.address + start, num_bytes or self.num_bytes - start)
 

@@ -47,7 +47,9 @@ class FrontStub:
                 output.extend(token.token_id for token in message.tokens)
                 self.logprobs[message.request_id] += [token.logprob for token in message.tokens]
             elif isinstance(message, wire.Finish):
-                assert message.request_id not in self.finishes, f"{message.request_id} ended twice"
+                first = self.finishes.get(message.request_id)  # a failed hand-off has two ends
+                is_one_failure = first is not None and first.can_retry and message.can_retry
+                assert first is None or is_one_failure, f"{message.request_id} ended twice"
                 self.finishes[message.request_id] = message
             self.changed.notify_all()
         return True

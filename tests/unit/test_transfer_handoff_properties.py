@@ -156,6 +156,11 @@ class Handoffs(RuleBasedStateMachine):
             self.world.restart(name)
             self.world.session_up(first)
 
+    @rule(now=RARELY)
+    def fence_data(self, now: bool) -> None:
+        if now:
+            self.world.fence_data()
+
     @invariant()
     def ledgers_hold(self) -> None:
         self.world.check()
@@ -199,6 +204,7 @@ WEIGHTS = {
     "down": 0.4,
     "up": 3,
     "restart": 0.1,
+    "fence_data": 0.3,
 }
 
 
@@ -245,6 +251,8 @@ def walk_once(world: World, rng: random.Random, what: str) -> None:  # noqa: PLR
         world.session_down(side)
     elif what == "up":
         world.session_up(side)
+    elif what == "fence_data":
+        world.fence_data()
     elif what == "restart":
         world.restart(side)
         world.session_up(side)

@@ -1,0 +1,104 @@
+"""A prefill's side of the hand-off as a process of its own, to be stopped and killed by tests.
+
+    python -m helpers.writer NODE_ID EPOCH DECODE_ADDRESS SEED
+
+Offers prompts of random sizes without end; every byte of request "NODE.EPOCH.n" is its tag. Source
+pages are used again, under another tag, as soon as the exporter allows.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import zlib
+from typing import Any
+
+from helpers.memory import Memory, make_region
+from tidepool.common import wire
+from tidepool.common.config import TransferSection
+from tidepool.transfer import events
+from tidepool.transfer.control import ControlLoop
+from tidepool.transfer.exporter import Exporter
+from tidepool.transfer.mooncake import MooncakeTransport
+from tidepool.transfer.mover import Mover
+
+TAGS = range(1, 251)
+POISON = 0xFB
+LAYERS, PAGES, PAGE_BYTES, INDEX_BYTES = 2, 48, 1024 * 1024, 16 * 1024
+MAX_PROMPT_PAGES = 8
+
+
+def tag_of(request_id: str) -> int:
+    return TAGS[zlib.crc32(request_id.encode()) % len(TAGS)]
+
+
+def config() -> TransferSection:
+    return TransferSection(
+        heartbeat_interval_s=0.1,
+        heartbeat_timeout_s=0.5,
+        resend_interval_s=0.1,
+        write_timeout_s=0.5,
+        deadline_s=5.0,
+    )
+
+
+def main() -> None:
+    node_id, epoch, decode_address, seed = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    rng = random.Random(seed)
+    kv, index = Memory(LAYERS * PAGES * PAGE_BYTES), Memory(LAYERS * PAGES * INDEX_BYTES)
+    regions = (
+        make_region(kv, "kv", LAYERS, PAGES, PAGE_BYTES),
+        make_region(index, "index", LAYERS, PAGES, INDEX_BYTES),
+    )
+    transport = MooncakeTransport("127.0.0.1")
+    for memory in (kv, index):
+        transport.register(memory.address, memory.num_bytes)
+    control = ControlLoop(node_id, "prefill", epoch, layout_hash="x", config=config())
+    mover = Mover(transport, config(), control.post)
+    log: list[Any] = []
+    exporter = Exporter(
+        control, mover, regions, config(), has_checksums=True, post_event=log.append
+    )
+    mover.start()
+    control.start(exporter)
+    free, used = set(range(PAGES)), {}
+
+    def fill(pages: list[int], tag: int) -> None:
+        for memory, size in ((kv, PAGE_BYTES), (index, INDEX_BYTES)):
+            for layer in range(LAYERS):
+                for page in pages:
+                    memory.set((layer * PAGES + page) * size, size, tag)
+
+    number = 0
+    print("WRITER", flush=True)
+    while True:
+        while log:
+            event = log.pop(0)
+            pages = used.get(event.key, [])
+            if isinstance(event, events.ExportGranted):
+                half = rng.randint(0, len(pages))
+                for first, part in ((0, pages[:half]), (half, pages[half:])):
+                    if part:
+                        exporter.pages_ready(event.key, first, part)
+                exporter.commit(event.key, wire.OutputToken(1))
+            is_quarantined = isinstance(event, events.ExportReleased) and event.is_quarantined
+            is_free = isinstance(event, events.ExportReleased) and not is_quarantined
+            if is_free or isinstance(event, events.ExportUnquarantined):
+                fill(used.pop(event.key), POISON - 1)
+                free |= set(pages)
+        count = rng.randint(1, MAX_PROMPT_PAGES)
+        if len(used) < 6 and len(free) >= count:
+            number += 1
+            key = (f"{node_id}.{epoch}.{number}", 0)
+            used[key] = sorted(free)[:count]
+            free -= set(used[key])
+            fill(used[key], tag_of(key[0]))
+            sampling = wire.Sampling(max_tokens=1)
+            request = events.ExportRequest(*key, count, sampling, "f", "d", decode_address)
+            exporter.offer(request)
+        time.sleep(0.002)
+
+
+if __name__ == "__main__":
+    main()
