@@ -262,9 +262,12 @@ def percentile(values: Sequence[float], share: float) -> float:
 def summary(row: Row, normal_ttft_s: float) -> dict[str, Any]:
     worst = [max(gaps) for gaps in row.gaps_s if gaps]
     added = [ttft - normal_ttft_s for ttft in row.ttfts_s]
-    both = lambda values: (  # noqa: E731
-        [round(percentile(values, share), 2) for share in (0.5, 0.99)] if values else None
-    )
+
+    def both(values: Sequence[float]) -> list[float] | None:
+        if not values:
+            return None
+        return [round(statistics.median(values), 2), round(percentile(values, 0.99), 2)]
+
     return {
         "worst_gap_p50_p99_s": both(worst),
         "added_ttft_p50_p99_s": both(added),
@@ -283,7 +286,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], normal_ttft_s: float) -
         f"Command: `{facts['command']}`. Five hosts as network namespaces on one machine; demo model on "
         f"its CPU; Mooncake over TCP. While {NUM_STREAMS} streams decode ({PROMPT_TOKENS} to "
         f"{2 * PROMPT_TOKENS} prompt tokens) and {NUM_PROMPTS} prompts of {LONG_PROMPT} tokens are on "
-        "their way, one fault is injected. All answers were compared with the right tokens: none was "
+        f"their way, one fault is injected; a decode node has {SETTINGS['decode.seats']} seats. All answers were compared with the right tokens: none was "
         "wrong. *Gap*: the longest silence of the worst stream of an injection. *Added*: time to the "
         "first token of the prompts on their way, less its median without a fault "
         f"({normal_ttft_s:.2f} s, which is what a prefill costs under this load). With fewer than 100 "
@@ -318,7 +321,8 @@ def facts_of(command: str) -> dict[str, Any]:
     names = ("ray", "torch", "pyzmq", "mooncake-transfer-engine-non-cuda")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, shared with other work, Linux {platform.release()}",
+        "machine": f"{os.cpu_count()} CPU cores, load average {os.getloadavg()[0]:.0f} before the start, "
+        f"Linux {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in names},
         "commit": commit.stdout.strip(),

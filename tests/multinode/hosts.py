@@ -29,6 +29,8 @@ NAME_PREFIX = "tidepool"
 SUBNET = "10.77.0"
 CLIENT_ADDRESS = f"{SUBNET}.254"
 BOOT_TIMEOUT_S = 10.0
+_CARD = "02:00:00:00:00:{:02x}"
+"""Hardware addresses. A bridge without one of its own changes it with its ports."""
 _DIRECTORY_PREFIX = f"{NAME_PREFIX}-hosts-"
 _CLONE_NEWNET = 0x40000000
 _DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL")
@@ -74,6 +76,8 @@ class Host:
         port = f"port{self.number}"
         add = ("link", "add", port, "type", "veth", "peer", "name", "eth0")
         run("ip", "-n", self._switch, *add, "netns", self.namespace)
+        # The same card after each boot: the others remember its address.
+        self.ip("link", "set", "eth0", "address", _CARD.format(self.number))
         run("ip", "-n", self._switch, "link", "set", port, "master", "bridge", "up")
         self.ip("addr", "add", f"{self.address}/24", "dev", "eth0")
         self.ip("link", "set", "eth0", "up")
@@ -243,7 +247,7 @@ class Network:
         switch = self.namespace(0)
         run("ip", "netns", "add", switch)
         for arguments in (
-            ("link", "add", "bridge", "type", "bridge"),
+            ("link", "add", "bridge", "address", _CARD.format(254), "type", "bridge"),
             ("addr", "add", f"{CLIENT_ADDRESS}/24", "dev", "bridge"),
             ("link", "set", "bridge", "up"),
             ("link", "set", "lo", "up"),
