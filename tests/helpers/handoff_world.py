@@ -8,7 +8,6 @@ ends with a FakeClock and keeps the ledgers that the properties speak of.
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -438,8 +437,11 @@ class World:
         node.handler.fence(which, epoch)
         self.flush(node)
 
-    def fence_data(self) -> None:
-        """Decode closes its data address: no write for it lands any more; then peers hear."""
+    def fence_data(self, *, is_noticed: bool = True) -> None:
+        """Decode closes its data address: no write for it lands any more; then peers hear.
+
+        `is_noticed`: writes under way fail before prefill hears of it; else they end later.
+        """
         self.d.handler.end_all("fenced by the test")
         self.flush(self.d)
         self.generation += 1
@@ -448,7 +450,7 @@ class World:
             self.d.peer, hello=msgspec.structs.replace(self.d.peer.hello, data_address=fresh)
         )
         for job in list(self.p.mover.writes):
-            if self.target_of(job) is None and random.Random(self.generation).random() < 0.5:
+            if is_noticed and self.target_of(job) is None:
                 self.p.mover.writes.remove(job)
                 job.on_end(WriteResult(TicketStatus.FAILED_UNKNOWN, (), "fenced"))
         self.num_unknown = 0

@@ -55,7 +55,8 @@ def test_a_write_that_ends_unknown_after_the_fence_is_no_reason_for_quarantine()
     world, key = granted()
     world.give_pages(key, 4)
     world.session_down("p")
-    world.fence_data()
+    world.fence_data(is_noticed=False)
+    assert world.p.mover.writes
     while world.p.mover.writes:
         world.end_write(0, TicketStatus.FAILED_UNKNOWN)
     settle_messages(world)

@@ -156,10 +156,10 @@ class Handoffs(RuleBasedStateMachine):
             self.world.restart(name)
             self.world.session_up(first)
 
-    @rule(now=RARELY)
-    def fence_data(self, now: bool) -> None:
+    @rule(now=RARELY, is_noticed=st.booleans())
+    def fence_data(self, now: bool, is_noticed: bool) -> None:
         if now:
-            self.world.fence_data()
+            self.world.fence_data(is_noticed=is_noticed)
 
     @invariant()
     def ledgers_hold(self) -> None:
@@ -252,7 +252,7 @@ def walk_once(world: World, rng: random.Random, what: str) -> None:  # noqa: PLR
     elif what == "up":
         world.session_up(side)
     elif what == "fence_data":
-        world.fence_data()
+        world.fence_data(is_noticed=rng.random() < 0.5)
     elif what == "restart":
         world.restart(side)
         world.session_up(side)
