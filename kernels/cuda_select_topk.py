@@ -17,12 +17,24 @@ import torch
 from torch import Tensor
 
 from ..common.errors import KernelError
-from .cuda_library import CudaLibrary, dense_rows, fields, num_processors, stream_of
+from .cuda_library import CudaLibrary, dense_rows, fields, stream_of
 
 MAX_SMEM_BYTES = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 """Dynamic shared memory of a CTA, by the major number of the compute capability."""
 _MIN_SMEM_BYTES = 96 * 1024
-_MIN_CHUNK = 2048
+_FIXED_SMEM_BYTES = 26 * 1024
+"""At least sizeof(SelectSmem)."""
+_RANKS = ((8, 8), (16, 5), (32, 3), (64, 2))
+"""(batch up to, CTAs a row). A cluster of 4 would use more of the device at batch 32, but 32 of them do
+not run at once: clusters do not cross the boundaries of processor groups."""
+_MANY_COLUMNS = 1 << 18
+_MANY_RANKS, _MANY_RANKS_BATCH = 16, 4
+"""For longer rows, up to this batch."""
+_CANDIDATES = (4096, 2560)
+"""Candidates with the keys beside them, where both fit; the threshold's 11 bits are shared by about
+1,000 of 64K normal scores, and 2,200 of 128K."""
+_CANDIDATES_ALONE = 6144
+_MIN_CHUNK = 4096
 """A CTA with fewer positions waits longer for the others than it works."""
 
 
@@ -32,7 +44,7 @@ class SelectParams(ctypes.Structure):
     _fields_ = fields(
         pointers="scores lengths topk_idx",
         int64="score_stride out_stride",
-        int32="batch num_columns topk lengths_are_64 num_ranks capacity",
+        int32="batch num_columns topk lengths_are_64 num_ranks num_groups max_candidates num_keys",
     )
 
 
@@ -41,14 +53,12 @@ class Shape:
     """How a launch is spread.
 
     Attributes:
-        num_ranks: CTAs a row: 1, 2, 4, 8 or 16; 1 before compute capability 9.0.
+        num_ranks: CTAs a row, 1 to 16; 1 before compute capability 9.0.
         num_threads: of a CTA: 512 or 1024.
-        capacity: positions of a CTA held in shared memory, all of its stretch; 0: none.
     """
 
     num_ranks: int
     num_threads: int
-    capacity: int
 
 
 def _max_smem(device: torch.device) -> int:
@@ -91,7 +101,7 @@ def launch(shape: Shape | None, scores_BC: Tensor, lengths_B: Tensor, topk_idx_B
         topk,
         lengths_B.dtype == torch.int64,
         shape.num_ranks,
-        shape.capacity,
+        *_shared_memory(scores_BC.shape[1], shape.num_ranks, device),
     )
     code = library.tidepool_select_topk(ctypes.byref(params), shape.num_threads, stream_of(device))
     _LIBRARY.check("select_topk", code, params)
@@ -99,20 +109,24 @@ def launch(shape: Shape | None, scores_BC: Tensor, lengths_B: Tensor, topk_idx_B
 
 @lru_cache(maxsize=4096)
 def choose_shape(batch: int, num_columns: int, device: torch.device) -> Shape:
-    """About one CTA a processor, and stretches that fit into shared memory where that is possible."""
+    """As many CTAs a row as let all rows run at once, by measurement on an H200 (see _RANKS)."""
     num_ranks = 1
     if torch.cuda.get_device_capability(device) >= (9, 0):
-        limit = num_processors(device)
-        while num_ranks < 16 and (
-            (2 * num_ranks * batch <= limit and num_columns > num_ranks * _MIN_CHUNK)
-            or not capacity(num_columns, num_ranks, device)
-        ):
-            num_ranks *= 2
-    return Shape(num_ranks, 1024, capacity(num_columns, num_ranks, device))
+        if num_columns > _MANY_COLUMNS and batch <= _MANY_RANKS_BATCH:
+            num_ranks = _MANY_RANKS
+        else:
+            num_ranks = next((ranks for limit, ranks in _RANKS if batch <= limit), 1)
+        num_ranks = max(1, min(num_ranks, num_columns // _MIN_CHUNK))
+    return Shape(num_ranks, 1024)
 
 
-def capacity(num_columns: int, num_ranks: int, device: torch.device) -> int:
-    """Positions of a CTA's stretch; 0 if they do not fit into shared memory."""
-    chunk = (-(-num_columns // num_ranks) + 31) // 32 * 32
-    room = _max_smem(device) - _LIBRARY.on(device).tidepool_select_topk_smem()
-    return chunk if 4 * chunk <= room else 0
+@lru_cache(maxsize=4096)
+def _shared_memory(num_columns: int, num_ranks: int, device: torch.device) -> tuple[int, int, int]:
+    """(num_groups, max_candidates, num_keys) of SelectParams."""
+    num_groups = -(-num_columns // (32 * num_ranks))
+    num_keys = 32 * num_groups
+    room = (_max_smem(device) - _FIXED_SMEM_BYTES) // 4 - num_groups
+    for max_candidates in _CANDIDATES:
+        if 2 * max_candidates + max(num_keys, max_candidates) <= room:
+            return num_groups, max_candidates, num_keys
+    return num_groups, min(_CANDIDATES_ALONE, max(room // 3, 1)), 0

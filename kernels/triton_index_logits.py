@@ -1,10 +1,10 @@
-"""Triton side of index_logits and index_logits_chunk, for FP8 keys (layout index_k).
+"""Triton side of index_logits, for FP8 keys (layout index_k).
 
-Launched on torch's current stream, without a synchronisation. An e4m3 key is exact in float16, and
-a query head times a power of two is too (bfloat16 queries: for values down to 2**-26 of the head's
-largest), so the products are those of the reference; sums are float32 on the tensor cores. The
-power goes into the head's weight: relu(2**n * x) = 2**n * relu(x). A key's scale is positive and
-multiplies its score at the end.
+Launched on torch's current stream, without a synchronisation. Keys go to the tensor cores as they are
+stored. A query head, times a power of two, is the sum of two e4m3 numbers, the nearest one and what
+it leaves: exact for bfloat16 queries down to 2**-9 of the head's largest value, and within 2**-17 of
+that below. The power goes into the head's weight: relu(2**n * x) = 2**n * relu(x). A key's scale is
+positive and multiplies its score at the end. FP8 tensor cores add up with about 14 bits.
 
 Keys in float32 (index_fp32, for exact tests) are scored by torch ops on the device instead, which
 allocate their temporaries. What differs from the references: lengths and pages out of range are
@@ -21,25 +21,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cuda_library import num_processors
 from .store_index_keys import index_layout, unpack_index_pages
 
 BLOCK_T = 128
 """Positions of a tile."""
-_MAX_TILES = 16
-"""Tiles of a program of index_logits: its queries are prepared once."""
-_CHUNK_TOKENS = 16
-"""Tokens of a program of index_logits_chunk: its keys are loaded once."""
-_TARGET_PROGRAMS = 8 * 132
+_PROGRAMS_A_PROCESSOR = 4
+"""Programs of index_logits that are resident together."""
 _FP32_BLOCK_BYTES = 64 << 20
 
 
 @triton.jit
-def _power_of_head(query_ID):
-    """float32 [I, 1]: a power of two that brings each head's largest value near 2**12."""
+def _split_query(query_ID):
+    """float32 heads as high and low e4m3 [I, D] and the power of two they were divided by [I, 1]."""
     amax_I1 = tl.max(tl.abs(query_ID), 1, keep_dims=True)
-    # The exponent bits alone: 2**floor(log2(amax)).
+    # The exponent bits alone: 2**floor(log2(amax)). The largest value comes to [128, 256).
     floor_I1 = (amax_I1.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(floor_I1, 1e-30), 1e30) * (1.0 / 4096.0)
+    power_I1 = tl.minimum(tl.maximum(floor_I1, 1e-30), 1e30) * (1.0 / 128.0)
+    query_ID = query_ID / power_I1
+    high_ID = query_ID.to(tl.float8e4nv)
+    low_ID = (query_ID - high_ID.to(tl.float32)).to(tl.float8e4nv)
+    return high_ID, low_ID, power_I1
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def _load_keys(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys float16 [T, D] as stored, scales float32 [T], and which positions have a page."""
+    """Keys e4m3 [T, D] as stored, scales float32 [T], and which positions have a page."""
     page_T = tl.load(table + t_T // PAGE_SIZE, mask=is_in_T, other=-1)
     has_page_T = (page_T >= 0) & (page_T < num_pages)
     base_T = pages + tl.where(has_page_T, page_T, 0).to(tl.int64) * PAGE_BYTES
@@ -63,17 +65,18 @@ def _load_keys(
     mask_TD = has_page_T[:, None]
     if D != BLOCK_D:
         mask_TD = mask_TD & (d_D < D)[None, :]
-    bytes_TD = tl.load(
-        base_T[:, None] + (offset_T * D)[:, None] + d_D[None, :], mask=mask_TD, other=0
+    key_TD = tl.load(
+        base_T[:, None] + (offset_T * D)[:, None] + d_D[None, :], mask=mask_TD, other=0.0
     )
     scale_at_T = (base_T + PAGE_SIZE * D).to(tl.pointer_type(tl.float32)) + offset_T
     scale_T = tl.load(scale_at_T, mask=has_page_T, other=0.0)
-    return bytes_TD.to(tl.float8e4nv, bitcast=True).to(tl.float16), scale_T, has_page_T
+    return key_TD, scale_T, has_page_T
 
 
 @triton.jit
-def _scores(key_TD, query_ID, weight_I, scale_T):
-    logits_TI = tl.dot(key_TD, tl.trans(query_ID))
+def _scores(key_TD, high_ID, low_ID, weight_I, scale_T):
+    logits_TI = tl.dot(key_TD, tl.trans(low_ID))
+    logits_TI = tl.dot(key_TD, tl.trans(high_ID), logits_TI)
     return tl.sum(tl.maximum(logits_TI, 0.0) * weight_I[None, :], 1) * scale_T
 
 
@@ -121,8 +124,7 @@ def _index_logits_kernel(
             mask=(i_I < NUM_HEADS)[:, None] & (d_D < D)[None, :],
             other=0.0,
         ).to(tl.float32)
-        power_I1 = _power_of_head(query_ID)
-        query_ID = (query_ID / power_I1).to(tl.float16)
+        high_ID, low_ID, power_I1 = _split_query(query_ID)
         weight_I = tl.load(weight + b * weight_stride_b + i_I, mask=i_I < NUM_HEADS, other=0.0)
         weight_I = weight_I * tl.reshape(power_I1, (BLOCK_I,))
         for start in tl.range(first, key_end, TILE, num_stages=STAGES):
@@ -131,103 +133,13 @@ def _index_logits_kernel(
             key_TD, scale_T, has_page_T = _load_keys(
                 pages, table, t_T, is_in_T, num_pages, PAGE_BYTES, PAGE_SIZE, D, BLOCK_D
             )
-            score_T = _scores(key_TD, query_ID, weight_I, scale_T)
+            score_T = _scores(key_TD, high_ID, low_ID, weight_I, scale_T)
             score_T = tl.where(has_page_T, score_T, float("-inf"))
             tl.store(scores + t_T, score_T, mask=t_T < num_columns)
     behind = first + (key_end - first + TILE - 1) // TILE * TILE
     for start in range(behind, end, TILE):
         t_T = start + lane_T
         tl.store(scores + t_T, tl.full((TILE,), float("-inf"), tl.float32), mask=t_T < num_columns)
-
-
-@triton.jit
-def _prepare_queries_kernel(
-    query,
-    weight,
-    query_out,
-    weight_out,
-    query_stride_t,
-    query_stride_i,
-    weight_stride_t,
-    NUM_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One token: heads to float16 times a power of two [BLOCK_I, BLOCK_D], weights [BLOCK_I]."""
-    t = tl.program_id(0).to(tl.int64)
-    i_I = tl.arange(0, BLOCK_I)
-    d_D = tl.arange(0, BLOCK_D)
-    query_ID = tl.load(
-        query + t * query_stride_t + i_I[:, None] * query_stride_i + d_D[None, :],
-        mask=(i_I < NUM_HEADS)[:, None] & (d_D < D)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    power_I1 = _power_of_head(query_ID)
-    query_out += t * BLOCK_I * BLOCK_D
-    tl.store(
-        query_out + i_I[:, None] * BLOCK_D + d_D[None, :], (query_ID / power_I1).to(tl.float16)
-    )
-    weight_I = tl.load(weight + t * weight_stride_t + i_I, mask=i_I < NUM_HEADS, other=0.0)
-    tl.store(weight_out + t * BLOCK_I + i_I, weight_I * tl.reshape(power_I1, (BLOCK_I,)))
-
-
-@triton.jit
-def _index_logits_chunk_kernel(
-    query,
-    weight,
-    pages,
-    page_table,
-    scores,
-    score_stride_t,
-    num_tokens,
-    first_position,
-    num_columns,
-    num_pages,
-    PAGE_BYTES: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """A program: TOKENS tokens against one tile of positions."""
-    token = tl.program_id(1) * TOKENS
-    last = tl.minimum(token + TOKENS, num_tokens)
-    start = tl.program_id(0) * TILE
-    t_T = start + tl.arange(0, TILE)
-    scores += token.to(tl.int64) * score_stride_t
-    if start >= first_position + last:
-        for _ in range(token, last):
-            none_T = tl.full((TILE,), float("-inf"), tl.float32)
-            tl.store(scores + t_T, none_T, mask=t_T < num_columns)
-            scores += score_stride_t
-    else:
-        key_TD, scale_T, has_page_T = _load_keys(
-            pages,
-            page_table,
-            t_T,
-            t_T < first_position + last,
-            num_pages,
-            PAGE_BYTES,
-            PAGE_SIZE,
-            D,
-            BLOCK_D,
-        )
-        i_I = tl.arange(0, BLOCK_I)
-        d_D = tl.arange(0, BLOCK_D)
-        query += token.to(tl.int64) * BLOCK_I * BLOCK_D
-        weight += token.to(tl.int64) * BLOCK_I
-        for t in range(token, last):
-            query_ID = tl.load(query + i_I[:, None] * BLOCK_D + d_D[None, :])
-            score_T = _scores(key_TD, query_ID, tl.load(weight + i_I), scale_T)
-            is_seen_T = has_page_T & (t_T <= first_position + t)
-            score_T = tl.where(is_seen_T, score_T, float("-inf"))
-            tl.store(scores + t_T, score_T, mask=t_T < num_columns)
-            query += BLOCK_I * BLOCK_D
-            weight += BLOCK_I
-            scores += score_stride_t
 
 
 def index_logits(
@@ -267,15 +179,14 @@ def launch(
             query_BID, weight_BI, pages_PX, page_table_BP, lengths_B, scores_BC, page_size
         )
         return
-    tuning = {"TILE": BLOCK_T, "STAGES": 3, "num_warps": 4, **(tuning or {})}
+    tuning = {"TILE": BLOCK_T, "STAGES": 2, "num_warps": 4, **(tuning or {})}
     num_tiles = -(-num_columns // tuning["TILE"])
-    tiles = tuning.pop("tiles", 0) or max(
-        1, min(_MAX_TILES, -(-num_tiles * batch // _TARGET_PROGRAMS))
-    )
+    tiles = tuning.pop("tiles", 0) or choose_tiles(num_tiles, batch, query_BID.device)
+    pages_PX = pages_PX.view(torch.float8_e4m3fn)
     query_BID, weight_BI, page_table_BP = (
-        _dense(query_BID),
-        _dense(weight_BI),
-        _dense(page_table_BP),
+        dense(query_BID),
+        dense(weight_BI),
+        dense(page_table_BP),
     )
     _index_logits_kernel[(-(-num_tiles // tiles), batch)](
         query_BID,
@@ -297,84 +208,30 @@ def launch(
         PAGE_SIZE=page_size,
         NUM_HEADS=num_heads,
         D=width,
-        **_blocks(num_heads, width),
+        **blocks_of(num_heads, width),
         **tuning,
     )
 
 
-def index_logits_chunk(
-    query_TID: Tensor,
-    weight_TI: Tensor,
-    pages_PX: Tensor,
-    page_table_P: Tensor,
-    first_position: int,
-    scores_TC: Tensor,
-    page_size: int,
-    layout: str,
-) -> None:
-    """tidepool::index_logits_chunk on CUDA; arguments of kernels/index_logits.py."""
-    num_tokens, num_heads, width = query_TID.shape
-    num_columns = scores_TC.shape[1]
-    if not num_tokens or not num_columns:
-        return
-    if layout != "index_k":
-        _chunk_fp32(
-            query_TID, weight_TI, pages_PX, page_table_P, first_position, scores_TC, page_size
-        )
-        return
-    query_TID, weight_TI = _dense(query_TID), _dense(weight_TI)
-    blocks = _blocks(num_heads, width)
-    shape = (num_tokens, blocks["BLOCK_I"], blocks["BLOCK_D"])
-    prepared_TID = torch.empty(shape, dtype=torch.float16, device=query_TID.device)
-    prepared_TI = torch.empty(shape[:2], dtype=torch.float32, device=query_TID.device)
-    _prepare_queries_kernel[(num_tokens,)](
-        query_TID,
-        weight_TI,
-        prepared_TID,
-        prepared_TI,
-        query_TID.stride(0),
-        query_TID.stride(1),
-        weight_TI.stride(0),
-        NUM_HEADS=num_heads,
-        D=width,
-        **blocks,
-    )
-    grid = (-(-num_columns // BLOCK_T), -(-num_tokens // _CHUNK_TOKENS))
-    _index_logits_chunk_kernel[grid](
-        prepared_TID,
-        prepared_TI,
-        pages_PX,
-        page_table_P.contiguous(),
-        scores_TC,
-        scores_TC.stride(0),
-        num_tokens,
-        first_position,
-        num_columns,
-        pages_PX.shape[0],
-        PAGE_BYTES=pages_PX.stride(0),
-        PAGE_SIZE=page_size,
-        D=width,
-        TILE=BLOCK_T,
-        TOKENS=_CHUNK_TOKENS,
-        **blocks,
-    )
+def choose_tiles(num_tiles: int, batch: int, device: torch.device) -> int:
+    """Tiles of a program: each row in equal parts, all of them resident at once if they can be."""
+    parts = max(1, min(num_tiles, _PROGRAMS_A_PROCESSOR * num_processors(device) // batch))
+    return -(-num_tiles // parts)
 
 
-def _blocks(num_heads: int, width: int) -> dict[str, int]:
+def blocks_of(num_heads: int, width: int) -> dict[str, int]:
     """Padded to what a matrix product takes."""
     return {
         "BLOCK_I": max(16, triton.next_power_of_2(num_heads)),
-        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "BLOCK_D": max(32, triton.next_power_of_2(width)),
     }
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _keys_fp32(
-    pages_PX: Tensor, table: Tensor, page_size: int, width: int
-) -> tuple[Tensor, Tensor]:
+def keys_fp32(pages_PX: Tensor, table: Tensor, page_size: int, width: int) -> tuple[Tensor, Tensor]:
     """(keys float32 [..., tokens, D], has a page bool [..., tokens]) of a page table [..., pages]."""
     index_layout("index_fp32", width)
     has_page = (table >= 0) & (table < pages_PX.shape[0])
@@ -401,35 +258,9 @@ def _index_logits_fp32(
     table_BP = page_table_BP[:, : -(-room // page_size)]
     for start in range(0, query_BID.shape[0], step):
         rows = slice(start, start + step)
-        keys_BCD, has_page_BC = _keys_fp32(pages_PX, table_BP[rows], page_size, width)
+        keys_BCD, has_page_BC = keys_fp32(pages_PX, table_BP[rows], page_size, width)
         logits_BIC = torch.bmm(query_BID[rows].float(), keys_BCD[:, :room].transpose(1, 2)).relu_()
         scores = torch.bmm(weight_BI[rows, None], logits_BIC).squeeze(1)
         t_C = torch.arange(room, device=scores.device)
         is_seen_BC = has_page_BC[:, :room] & (t_C < lengths_B[rows, None])
         scores_BC[rows, :room] = torch.where(is_seen_BC, scores, float("-inf"))
-
-
-def _chunk_fp32(
-    query_TID: Tensor,
-    weight_TI: Tensor,
-    pages_PX: Tensor,
-    page_table_P: Tensor,
-    first_position: int,
-    scores_TC: Tensor,
-    page_size: int,
-) -> None:
-    num_tokens, num_heads, width = query_TID.shape
-    end = first_position + num_tokens
-    scores_TC[:, end:] = float("-inf")
-    table_P = page_table_P[: -(-end // page_size)]
-    keys_CD, has_page_C = _keys_fp32(pages_PX, table_P, page_size, width)
-    keys_DC, has_page_C = keys_CD[:end].t(), has_page_C[:end]
-    t_C = torch.arange(end, device=scores_TC.device)
-    step = max(1, _FP32_BLOCK_BYTES // (4 * num_heads * end))
-    for start in range(0, num_tokens, step):
-        rows = slice(start, min(start + step, num_tokens))
-        logits_TIC = (query_TID[rows].float() @ keys_DC).relu_()
-        scores = torch.bmm(weight_TI[rows, None], logits_TIC).squeeze(1)
-        seen_T = torch.arange(first_position + start, first_position + rows.stop, device=t_C.device)
-        is_seen_TC = has_page_C & (t_C <= seen_T[:, None])
-        scores_TC[rows, :end] = torch.where(is_seen_TC, scores, float("-inf"))

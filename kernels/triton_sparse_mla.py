@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.errors import KernelError
+from . import cuda_sparse_mla
 from .cuda_library import num_processors
 from .store_rows import row_layout, unpack_rows
 
@@ -215,7 +216,15 @@ def sparse_mla(
     layout: str,
     out_BHC: Tensor,
 ) -> None:
-    """tidepool::sparse_mla on CUDA; arguments of kernels/sparse_mla.py."""
+    """tidepool::sparse_mla on CUDA; arguments of kernels/sparse_mla.py.
+
+    Goes to csrc/sparse_mla.cu where that kernel is for the call, which is faster.
+    """
+    arguments = (q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK)
+    is_there = bool(row_idx_BK.numel() and rows_NX.shape[0])
+    if layout == "mla_bf16" and is_there and cuda_sparse_mla.can_take(*arguments, out_BHC):
+        cuda_sparse_mla.launch(None, *arguments, scale, out_BHC)
+        return
     launch(None, q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout, out_BHC)
 
 

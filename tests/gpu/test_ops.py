@@ -282,9 +282,10 @@ def pages_of(case: LogitsCase) -> tuple[Tensor, Tensor]:
 
 
 def tolerance_of(case: LogitsCase) -> float:
-    """Queries in float32 are rounded to float16 against FP8 keys; others are exact."""
-    is_rounded = case.layout == "index_k" and case.dtype == torch.float32
-    return 1e-3 if is_rounded else 1e-5
+    """FP8 tensor cores add up with about 14 bits; float32 queries are rounded to 8 bits."""
+    if case.layout == "index_fp32":
+        return 1e-5
+    return 4e-3 if case.dtype == torch.float32 else 5e-4
 
 
 @pytest.mark.parametrize("case", LOGITS_CASES, ids=str)
