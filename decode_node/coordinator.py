@@ -147,7 +147,7 @@ class HiSparseCoordinator:
             positions_B=positions_B,
             seats_B=seats_B,
             index_slots_B=self._tensor(index_slots),
-            index_table_BP=table.to(self._device),
+            index_table_BP=self._upload(table),
             store_rows_2B=store_rows_2B,
             max_len=max(positions) + 1,
         )
@@ -210,15 +210,21 @@ class HiSparseCoordinator:
         positions = torch.arange(first, end)
         pages = torch.tensor(sequence.host_lease.pages, dtype=torch.int64)
         slots = pages[positions // self._page_size] * self._page_size + positions % self._page_size
-        return slots.to(self._device)
+        return self._upload(slots)
 
     def _slots(self, pages: list[int]) -> Tensor:
         """Every slot of `pages`, int64, in order."""
         first = torch.tensor(pages, dtype=torch.int64)[:, None] * self._page_size
-        return (first + torch.arange(self._page_size)).flatten().to(self._device)
+        return self._upload((first + torch.arange(self._page_size)).flatten())
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return self._upload(torch.tensor(values, dtype=torch.int64))
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        """On its way to the device through pinned memory: the host does not wait."""
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
 
     def quarantine(self, sequence: Sequence) -> None:
         """The remote writer of its pages may still write and cannot be asked: they stay held."""
