@@ -32,7 +32,7 @@ from tidepool.transfer.mooncake import MooncakeTransport
 from tidepool.transfer.mover import Mover
 
 TESTS = Path(__file__).resolve().parents[1]
-RUN_S = 20.0
+RUN_S = 16.0
 NUM_PAGES = 64
 MAX_QUARANTINE_SHARE = 0.25
 
