@@ -40,13 +40,14 @@ def test_tokens_and_logprobs_equal_transformers(
             pair.assert_settles_empty()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("chunk_tokens", [7, 64, 4096])
 def test_tokens_do_not_depend_on_page_size_or_chunks(
-    page_size: int, chunk_tokens: int, tmp_path_factory: pytest.TempPathFactory
+    kind: Kind, page_size: int, chunk_tokens: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    seed = VETTED_SEEDS["glm52"][0]
-    path = session_checkpoint(tmp_path_factory, "glm52", seed)
+    seed = VETTED_SEEDS[kind][0]
+    path = session_checkpoint(tmp_path_factory, kind, seed)
     config = exact_config(
         path,
         **{
@@ -57,5 +58,5 @@ def test_tokens_do_not_depend_on_page_size_or_chunks(
     )
     with pd_pair(config) as pair:
         (tokens,) = pair.generate([prompt(seed)], max_tokens=NUM_GREEDY)
-        assert tokens == list(greedy_reference("glm52", seed)[0])
+        assert tokens == list(greedy_reference(kind, seed)[0])
         pair.assert_settles_empty()

@@ -32,13 +32,14 @@ def test_greedy_tokens_equal_transformers(
         assert (node.decode.stats()["rows_swapped_in"] > 0) == (hot_rows > 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("chunk_tokens", [7, 64, 4096])
 def test_tokens_do_not_depend_on_page_size_or_chunks(
-    page_size: int, chunk_tokens: int, tmp_path_factory: pytest.TempPathFactory
+    kind: Kind, page_size: int, chunk_tokens: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    seed = VETTED_SEEDS["glm52"][0]
-    path = session_checkpoint(tmp_path_factory, "glm52", seed)
+    seed = VETTED_SEEDS[kind][0]
+    path = session_checkpoint(tmp_path_factory, kind, seed)
     node = UnifiedHarness(
         path,
         **{
@@ -48,7 +49,7 @@ def test_tokens_do_not_depend_on_page_size_or_chunks(
         },
     )
     (tokens,) = node.generate([prompt(seed)], max_tokens=NUM_GREEDY)
-    assert tokens == list(greedy_reference("glm52", seed)[0])
+    assert tokens == list(greedy_reference(kind, seed)[0])
     node.assert_empty()
 
 
