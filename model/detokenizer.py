@@ -48,8 +48,9 @@ class Detokenizer:
         """A run of invalid bytes ends nowhere: emits up to a token no character reaches across."""
         end = len(self._ids)
         for cut in range(end - 1, end - 1 - _MAX_CHARACTER_TOKENS, -1):
-            head = self._decode(self._ids[:cut])
-            if head + self._decode(self._ids[cut:]) == text:
+            head, tail = self._decode(self._ids[:cut]), self._decode(self._ids[cut:])
+            # A tail without text (special tokens) does not show that a character ended before it.
+            if tail and head + tail == text:
                 return self._emit(head, cut)
         return ""
 

@@ -37,6 +37,7 @@ def test_any_text_comes_back_in_whole_characters(tokenizer, text):
 @example(ids=[0xE2] * 50 + [0x82, 0xAC])
 @example(ids=[0xF0, 0x9F, 0x98] * 20)
 @example(ids=[257] * 40 + [0x41])
+@example(ids=[0xFF] * 6 + [0xC3, 257, 257, 257, 0x80])
 def test_bytes_that_are_no_text_decode_as_they_do_at_once(tokenizer, ids):
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
