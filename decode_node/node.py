@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..common.clock import MonotonicClock
 from ..common.config import Config
 from ..common.step_loop import Engine, StepLoop
+from ..common.wire import Region
+from ..hostpool.mirror import HostMirror
 from ..model.runtime import load_runtime
 from ..transfer.control import ControlLoop
 from ..transfer.curve import cluster_keys
@@ -16,10 +19,36 @@ from ..transfer.fronts import FrontHandler
 from ..transfer.importer import Importer
 from ..transfer.mover import Mover
 from ..transfer.node import Auditor, Node
+from ..transfer.transport import Transport
 from ..transfer.transports import has_checksums, make_transport
 from .build import build_coordinator, max_context
+from .coordinator import HiSparseCoordinator
 from .engine import DecodeEngine
 from .receiver import Receiver
+
+
+@dataclass(frozen=True, slots=True)
+class _KvManager:
+    """What prefill nodes reach of this node: memory, the transport it is registered with, regions."""
+
+    transport: Transport
+    index: HostMirror
+    regions: tuple[Region, ...]
+
+
+def _init_kv_manager(
+    config: Config, coordinator: HiSparseCoordinator, bind_host: str
+) -> _KvManager:
+    """Registers the host pool and the index pool's mirror. Raises TransferError.
+
+    Page size and row layout are prefill's, so there is one way to send a page and no case for
+    requests with a hot buffer.
+    """
+    index = coordinator.index.mirror()
+    transport = make_transport(config.transfer, bind_host)
+    for tensor in (coordinator.host.rows, index.host_LPX):
+        transport.register(tensor.data_ptr(), tensor.numel())
+    return _KvManager(transport, index, (coordinator.host.region(), index.region()))
 
 
 def build_node(
@@ -33,11 +62,7 @@ def build_node(
     geometry = runtime.geometry
     clock = MonotonicClock()
     coordinator = build_coordinator(config, runtime.model.config, geometry, runtime.device)
-    index = coordinator.index.mirror()
-    regions = (coordinator.host.region(), index.region())
-    transport = make_transport(config.transfer, bind_host)
-    for tensor in (coordinator.host.rows, index.host_LPX):
-        transport.register(tensor.data_ptr(), tensor.numel())
+    kv = _init_kv_manager(config, coordinator, bind_host)
     control = ControlLoop(
         node_id,
         "decode",
@@ -45,27 +70,27 @@ def build_node(
         bind_host=bind_host,
         layout_hash=geometry.layout_hash,
         layout_text=geometry.layout_text,
-        data_address=transport.data_address,
-        regions=regions,
+        data_address=kv.transport.data_address,
+        regions=kv.regions,
         config=config.transfer,
         clock=clock,
         on_fatal=on_fatal,
         keys=cluster_keys(config.cluster),
     )
-    mover = Mover(transport, config.transfer, control.post, on_fatal=on_fatal)
+    mover = Mover(kv.transport, config.transfer, control.post, on_fatal=on_fatal)
     engines: list[Engine] = []
     step_loop = StepLoop(f"step-{node_id}", engines, on_fatal)
     importer = Importer(
         control,
         mover,
-        regions,
+        kv.regions,
         config.transfer,
         has_checksums=has_checksums(config.transfer),
         post_event=step_loop.post,
         end_reach=lambda reason: fence.request(reason, PATIENCE_S),
     )
     fence = DataFence(
-        transport,
+        kv.transport,
         end_leases=importer.end_all,
         set_data_address=control.set_data_address,
         post=control.post,
@@ -83,7 +108,7 @@ def build_node(
         importer,
         decode,
         geometry,
-        index,
+        kv.index,
         fence=fence,
         max_quarantine_share=config.transfer.max_quarantine_share,
     )
@@ -102,5 +127,11 @@ def build_node(
         (decode,),
         max_context=max_context(config, runtime.model.config),
         fence=fence,
-        closers=(fence.stop, mover.stop, transport.close, index.close, coordinator.host.close),
+        closers=(
+            fence.stop,
+            mover.stop,
+            kv.transport.close,
+            kv.index.close,
+            coordinator.host.close,
+        ),
     )

@@ -102,10 +102,10 @@ class Receiver:
         if sequence is None:
             self._importer.defer(key, RETRY_AFTER_S)
             return
-        self._grant(sequence)
+        self._pre_alloc(sequence)
 
-    def _grant(self, sequence: Sequence) -> None:
-        """Pages of the prompt are promised and held in the same turn."""
+    def _pre_alloc(self, sequence: Sequence) -> None:
+        """Grants the prompt's whole pages before prefill computes: promised and held in one turn."""
         num_pages = self._geometry.num_pages(sequence.num_prompt_tokens)
         for lease in (sequence.host_lease, sequence.index_lease):
             lease.hold(OwnerKind.REMOTE_WRITER)
