@@ -38,6 +38,7 @@ class FrontStub:
         self.tokens: dict[str, list[int]] = defaultdict(list)
         self.logprobs: dict[str, list[wire.TokenLogprob | None]] = defaultdict(list)
         self.finishes: dict[str, wire.Finish] = {}
+        self._ended: set[tuple[str, wire.Role]] = set()
 
     def on_message(self, peer: Peer, message: wire.Message) -> bool:
         with self.changed:
@@ -47,12 +48,24 @@ class FrontStub:
                 output.extend(token.token_id for token in message.tokens)
                 self.logprobs[message.request_id] += [token.logprob for token in message.tokens]
             elif isinstance(message, wire.Finish):
-                first = self.finishes.get(message.request_id)  # a failed hand-off has two ends
-                is_one_failure = first is not None and first.can_retry and message.can_retry
-                assert first is None or is_one_failure, f"{message.request_id} ended twice"
-                self.finishes[message.request_id] = message
+                self._finish(peer, message)
             self.changed.notify_all()
         return True
+
+    def _finish(self, peer: Peer, message: wire.Finish) -> None:
+        """Each node ends a request once; as for a front, decode's word counts once it has it.
+
+        Where a session breaks between the last chunk and CommitAck, decode runs the request while
+        prefill cannot know that and calls it failed.
+        """
+        ended = (message.request_id, peer.role)
+        assert ended not in self._ended, f"{message.request_id} ended twice on {peer.node_id}"
+        self._ended.add(ended)
+        is_doubt = peer.role == "prefill" and message.can_retry
+        if not (
+            is_doubt and (self.tokens[message.request_id] or message.request_id in self.finishes)
+        ):
+            self.finishes[message.request_id] = message
 
     def on_peer_up(self, peer: Peer) -> None:
         with self.changed:
