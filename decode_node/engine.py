@@ -217,7 +217,7 @@ class DecodeEngine:
         }
 
     def check_invariants(self) -> None:
-        """Raises InvariantError or AssertionError if ledger, seats and tables do not agree."""
+        """Raises InvariantError if ledger, seats and tables do not agree."""
         coordinator = self._coordinator
         for pool in (coordinator.host.pages, coordinator.index.pages, coordinator.seats):
             pool.check_invariants()

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.errors import InvariantError
 from ..common.layouts import KvGeometry
 from ..kernels.copy_rows import copy_rows
 from ..kernels.resolve import resolve
@@ -201,7 +202,7 @@ class HotCache:
         """Swaps in one layer's misses of the newest plan; returns `hot_idx_BK` for attention."""
         plan = self._plan
         if plan is None or plan.group != self._group_of_layer[layer]:
-            raise AssertionError(f"layer {layer} has no plan of its index group")
+            raise InvariantError(f"layer {layer} has no plan of its index group")
         load_cache_to_device_buffer(
             host_rows[layer],
             self.rows[layer],
@@ -221,7 +222,7 @@ class HotCache:
         return int((self.position_of_slot_GSH[0] >= 0).sum())
 
     def check_invariants(self) -> None:
-        """Raises AssertionError unless both tables of every seat say the same."""
+        """Raises InvariantError unless both tables of every seat say the same."""
         G, S, _ = self.position_of_slot_GSH.shape
         for group in range(G):
             for seat in range(S):
@@ -230,11 +231,11 @@ class HotCache:
                 slots = torch.nonzero(position_of_slot >= 0).flatten()
                 positions = torch.nonzero(slot_of_position >= 0).flatten()
                 if not torch.equal(slot_of_position[position_of_slot[slots]], slots):
-                    raise AssertionError(
+                    raise InvariantError(
                         f"group {group} seat {seat}: a slot's position points away"
                     )
                 if positions.numel() != slots.numel():
-                    raise AssertionError(f"group {group} seat {seat}: a position is resident twice")
+                    raise InvariantError(f"group {group} seat {seat}: a position is resident twice")
 
 
 @dataclass(slots=True)

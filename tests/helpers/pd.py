@@ -62,9 +62,11 @@ class FrontStub:
         assert ended not in self._ended, f"{message.request_id} ended twice on {peer.node_id}"
         self._ended.add(ended)
         is_doubt = peer.role == "prefill" and message.can_retry
-        if not (
-            is_doubt and (self.tokens[message.request_id] or message.request_id in self.finishes)
-        ):
+        other = self.finishes.get(message.request_id)
+        # Of two ends one must be prefill's doubt: nobody else may end what has ended.
+        was_doubt = peer.role == "decode" and other is not None and other.can_retry
+        assert other is None or is_doubt or was_doubt, f"{message.request_id} ended twice"
+        if not (is_doubt and (self.tokens[message.request_id] or other is not None)):
             self.finishes[message.request_id] = message
 
     def on_peer_up(self, peer: Peer) -> None:
