@@ -320,6 +320,10 @@ class Mover:
             channel = self._transport.open(address)
         except TransferError as error:
             channel = error
+        except Exception as error:
+            fault = error
+            self._tell(lambda: _raise(fault))  # our own: it stops the mover, and so the node
+            return
         self._tell(lambda: self._channels.__setitem__(address, channel))
 
     def _land(self) -> None:
@@ -375,3 +379,7 @@ class Mover:
 
     def _report(self, task: _Writing, result: WriteResult) -> None:
         self._post(lambda: task.job.on_end(result))
+
+
+def _raise(error: Exception) -> None:
+    raise error

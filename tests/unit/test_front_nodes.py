@@ -316,6 +316,19 @@ def test_releasing_a_running_request_cancels_it_on_both_nodes():
     bench.assert_idle()
 
 
+def test_a_request_that_waits_for_a_node_can_be_cancelled():
+    bench = Bench()
+    for name in ("decode-0", "decode-1"):
+        bench.control.down(name)
+    request = bench.submit()
+    assert bench.dispatcher.num_waiting == 1
+    bench.dispatcher.release(request, RequestError("gone", status=499))
+    bench.control.up("decode-0")
+    bench.run_out()
+    assert (bench.dispatcher.num_live, bench.control.messages(wire.Submit)) == (0, [])
+    bench.assert_idle()
+
+
 def test_a_full_node_is_left_for_another_one():
     def script(submit, decode_id):
         if decode_id == "decode-0":

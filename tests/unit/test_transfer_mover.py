@@ -217,3 +217,17 @@ def test_an_idle_mover_does_not_spin(bench: Bench) -> None:
     before_s = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before_s < 0.1
+
+
+@pytest.mark.parametrize("call", ["open", "submit", "poll"])
+def test_what_escapes_a_call_of_the_transport_stops_the_node(bench: Bench, call: str) -> None:
+    def explode(*_: object) -> None:
+        raise KeyError("our own fault")
+
+    setattr(bench.near, call, explode)
+    bench.write("r", [0])
+    deadline_s = time.monotonic() + 5.0
+    while not bench.fatal:
+        assert time.monotonic() < deadline_s, "the thread died in silence"
+        time.sleep(0.005)
+    assert isinstance(bench.fatal.pop(), KeyError)
