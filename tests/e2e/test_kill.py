@@ -1,4 +1,7 @@
-"""kill -9 of a node while requests stream: the rest of the answer comes, and nothing hangs."""
+"""kill -9 of a node while requests stream: the rest of the answer comes, and nothing hangs.
+
+How long clients wait for it is measured by benchmarks/recovery.py, not asserted.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ from tidepool.deploy.demo.data import make_prompt
 from tidepool.deploy.demo.run import demo_config
 
 MODEL = "tidepool-demo"
-MAX_GAP_S = 10.0
+STREAM_TIMEOUT_S = 120.0
 
 
 class Stream(threading.Thread):
-    """One streamed completion: its token ids, its end, and the longest silence before it."""
+    """One streamed completion: its token ids and its end."""
 
     def __init__(self, cluster: Cluster, prompt: list[int], max_tokens: int) -> None:
         super().__init__(daemon=True)
@@ -47,7 +50,6 @@ class Stream(threading.Thread):
         }
         self.tokens: list[int] = []
         self.error: dict[str, Any] | None = None
-        self.longest_gap_s = 0.0
         self.failure: Exception | None = None
         self.started = threading.Event()
 
@@ -58,14 +60,11 @@ class Stream(threading.Thread):
             self.failure = error
 
     def _read(self) -> None:
-        last_s = time.monotonic()
-        with httpx.stream("POST", self._url, json=self._body, timeout=60.0) as response:
+        timeout_s = STREAM_TIMEOUT_S
+        with httpx.stream("POST", self._url, json=self._body, timeout=timeout_s) as response:
             for line in response.iter_lines():
                 if not line.startswith("data: {"):
                     continue
-                now_s = time.monotonic()
-                self.longest_gap_s = max(self.longest_gap_s, now_s - last_s)
-                last_s = now_s
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
                     self.error = event["error"]
@@ -93,14 +92,11 @@ def test_a_killed_node_loses_no_stream(victim: str) -> None:
         time.sleep(0.3)
         kill(cluster, victim)
         for stream in (*streams, prefilling):
-            stream.join(60.0)
+            stream.join(STREAM_TIMEOUT_S)
             assert not stream.is_alive(), "a stream hangs"
-            assert stream.failure is None, stream.failure
-            assert stream.error is None or stream.error["code"]
-        for stream in streams:
-            assert stream.tokens == expected[: len(stream.tokens)]
-            assert stream.error is not None or len(stream.tokens) == 400
-            assert stream.longest_gap_s < MAX_GAP_S
+            assert (stream.failure, stream.error) == (None, None)
+        assert [stream.tokens for stream in streams] == [expected, expected]
+        assert len(prefilling.tokens) == 4
         again = token_ids(complete(cluster, prompt, model=MODEL, max_tokens=20, ignore_eos=True))
         assert again == expected[:20]
         assert_settles_empty(cluster)
