@@ -1,192 +1,229 @@
-"""Chooses output tokens from logits: temperature, top-k, top-p, min-p, seed, log-probabilities.
+"""Sampling parameters in fixed device buffers, and the ops that turn logits into tokens with them.
 
-Called by a node's step thread behind `Model.logits`, on the logits' device and stream. A row's token
-depends on its logits, its parameters, its seed and its position alone: not on the batch, the node
-or the attempt. There is no generator state: one uniform a row comes from hashing (seed, position).
+Owned by a node's step thread, on the stream that runs the pass. A row's token depends on its
+logits, its parameters, its seed and its position alone: not on the batch, the node or the attempt.
+There is no generator state: one uniform a row comes from hashing (seed, position).
 
-Filters are vLLM's, in vLLM's order: temperature, min-p, top-k (ties with the k-th stay), top-p over
-what is left. Probabilities are float64 and the inverse CDF runs in order of token id, so that
-rounding in the logits moves a boundary by as much and never re-orders candidates.
+`SamplingBuffers.fill` writes a step's parameters and says which kind of step it is; `sample_into`
+then launches that kind's ops. It reads nothing on the host, so a step of each kind can be captured
+into a CUDA graph once and replayed behind every `fill`.
 
-Shape suffixes: B rows, V vocabulary, N banned entries.
+Shape suffixes: B rows, V vocabulary, N banned ids, W words of a row's parameters.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.wire import Sampling, TokenLogprob
+from ..common.errors import RequestError
+from ..common.wire import Sampling
+from ..kernels.sample_tokens import GREEDY_BELOW, best_tokens, draw_tokens, filter_tokens
 
-GREEDY_BELOW = 1e-5
-"""Temperatures under this are greedy, as in vLLM."""
+SamplingKind = Literal["greedy", "plain", "filtered"]
+"""What the rows of a step need: no draw; a draw for some; top-k, top-p or min-p for some."""
+SAMPLING_KINDS: tuple[SamplingKind, ...] = ("greedy", "plain", "filtered")
 
-# splitmix64 (Steele, Lea and Flood, 2014); constants as signed 64-bit integers.
-_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+MAX_BANNED = 272
+"""Stop ids the front lets a request name (256), and a model's own end tokens."""
+
+_ROW = struct.Struct("<dddqqqqq")
+"""temperature, top_p, min_p, top_k, seed, position, number of banned ids, unused."""
+_NUM_WORDS = _ROW.size // 8
+_TOP_K_OFF = 1 << 31
+_PADDED_ROW = (0.0, 1.0, 0.0, _TOP_K_OFF, 0, 0, 0, 0)
+_NUM_SLOTS = 3
+"""Uploads that may be under way before `fill` waits for the oldest."""
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingBatch:
-    """Parameters of the rows of one step, on the device; flags say what the host knows of them."""
+class SamplingRow(NamedTuple):
+    """A row's parameters, the position of the token to be chosen, ids that must not be chosen."""
 
-    temperature_B: Tensor
-    """float64"""
-    top_p_B: Tensor
-    """float64"""
-    top_k_B: Tensor
-    """int64; the vocabulary's size or more: off"""
-    min_p_B: Tensor
-    """float64"""
-    seed_B: Tensor
-    position_B: Tensor
-    is_all_greedy: bool
-    is_filtered: bool
+    sampling: Sampling
+    position: int
+    banned: Collection[int] = ()
 
-    @classmethod
-    def build(
-        cls, rows: Sequence[tuple[Sampling, int]], device: torch.device | str = "cpu"
-    ) -> SamplingBatch:
-        """From (parameters, position of the token to be chosen) a row."""
-        samplings = [sampling for sampling, _ in rows]
 
-        def floats(name: str) -> Tensor:
-            values = [getattr(sampling, name) for sampling in samplings]
-            return torch.tensor(values, dtype=torch.float64, device=device)
+class SamplingBuffers:
+    """Parameters of up to `max_batch` rows at fixed addresses.
 
-        def integers(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+    One upload a `fill`, of 64 bytes a row, and a second one if a row has banned ids.
 
-        return cls(
-            temperature_B=floats("temperature"),
-            top_p_B=floats("top_p"),
-            top_k_B=integers([s.top_k if s.top_k > 0 else 1 << 31 for s in samplings]),
-            min_p_B=floats("min_p"),
-            seed_B=integers([_signed(sampling.seed) for sampling in samplings]),
-            position_B=integers([position for _, position in rows]),
-            is_all_greedy=all(s.temperature < GREEDY_BELOW for s in samplings),
-            is_filtered=any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in samplings),
+    Attributes:
+        temperature_B, top_p_B, min_p_B: float64 [max_batch], strided.
+        top_k_B, seed_B, position_B, num_banned_B: int64 [max_batch], strided.
+        banned_BN: int64 [max_batch, max_banned]; the first num_banned of a row count.
+    """
+
+    def __init__(
+        self,
+        max_batch: int,
+        vocab_size: int,
+        device: torch.device | str,
+        *,
+        max_banned: int = MAX_BANNED,
+    ) -> None:
+        self.max_batch = max_batch
+        self.max_banned = max_banned
+        self._vocab_size = vocab_size
+        self._is_cuda = torch.device(device).type == "cuda"
+        self._words_BW = torch.zeros((max_batch, _NUM_WORDS), dtype=torch.int64, device=device)
+        self.banned_BN = torch.zeros((max_batch, max_banned), dtype=torch.int64, device=device)
+        columns = self._words_BW.unbind(1)
+        self.temperature_B, self.top_p_B, self.min_p_B = (
+            column.view(torch.float64) for column in columns[:3]
         )
+        self.top_k_B, self.seed_B, self.position_B, self.num_banned_B = columns[3:7]
+        num_slots = _NUM_SLOTS if self._is_cuda else 1
+        self._slots = [
+            _Slot(max_batch, max_banned, is_pinned=self._is_cuda) for _ in range(num_slots)
+        ]
+        self._next_slot = 0
+
+    def fill(self, rows: Sequence[SamplingRow], num_rows: int | None = None) -> SamplingKind:
+        """Uploads the parameters of `rows`, and of greedy padding up to `num_rows`.
+
+        On the current stream; does not wait for the device unless three uploads are under way.
+        Raises RequestError if a row bans more than `max_banned` ids of the vocabulary.
+        """
+        num_rows = len(rows) if num_rows is None else num_rows
+        slot = self._slots[self._next_slot]
+        self._next_slot = (self._next_slot + 1) % len(self._slots)
+        slot.wait()
+        has_banned = slot.write(rows, num_rows, self._vocab_size)
+        self._words_BW[:num_rows].copy_(slot.words_BW[:num_rows], non_blocking=True)
+        if has_banned:
+            count = len(rows)
+            self.banned_BN[:count].copy_(slot.banned_BN[:count], non_blocking=True)
+        if self._is_cuda:
+            slot.record()
+        return kind_of([row.sampling for row in rows])
 
 
-def sample(
-    logits_BV: Tensor, batch: SamplingBatch, *, banned: Sequence[Collection[int]] = ()
-) -> Tensor:
-    """Chooses one token a row; int64 [B] on the logits' device.
+class _Slot:
+    """Host side of one upload; not written again before it has arrived."""
 
-    `logits_BV` float32, unchanged. `banned`: for each row the ids that must not be chosen (ids
-    outside the vocabulary count for nothing), or empty. A row without a finite best logit (NaN from
-    bad bytes, everything banned) gives -1: there is no token to choose, and the caller fails that
-    request alone.
-    """
-    if any(banned):
-        logits_BV = _mask(logits_BV, banned)
-    best_B1 = logits_BV.amax(-1, keepdim=True)
-    token_B = _lowest_best(logits_BV, best_B1)
-    if not batch.is_all_greedy:
-        is_greedy_B = batch.temperature_B < GREEDY_BELOW
-        token_B = torch.where(is_greedy_B, token_B, _draw(logits_BV, best_B1, batch))
-    return token_B.masked_fill(~best_B1[:, 0].isfinite(), -1)
-
-
-def logprobs(logits_BV: Tensor, token_B: Tensor, top_n: Sequence[int]) -> list[TokenLogprob | None]:
-    """Log-probabilities of the chosen tokens from raw logits, as wire types; waits for the device.
-
-    `top_n`: for each row -1 (None comes back), 0 (the chosen token's) or the number of best tokens
-    to name, best first, lowest id first on ties.
-    """
-    wanted = [row for row, count in enumerate(top_n) if count >= 0]
-    results: list[TokenLogprob | None] = [None] * len(top_n)
-    if not wanted:
-        return results
-    logprob_BV = logits_BV[wanted].float().log_softmax(-1)
-    chosen = logprob_BV.gather(1, token_B[wanted].clamp(min=0)[:, None])[:, 0].tolist()
-    width = min(max(top_n), logits_BV.shape[1])
-    best = logprob_BV.topk(width, dim=-1) if width else None
-    for index, row in enumerate(wanted):
-        pairs: list[tuple[float, int]] = []
-        if best is not None:
-            values, ids = best.values[index].tolist(), best.indices[index].tolist()
-            pairs = sorted(zip(values, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
-        pairs = pairs[: top_n[row]]
-        results[row] = TokenLogprob(
-            logprob=chosen[index],
-            top_ids=tuple(token_id for _, token_id in pairs),
-            top_logprobs=tuple(value for value, _ in pairs),
+    def __init__(self, max_batch: int, max_banned: int, *, is_pinned: bool) -> None:
+        self.words_BW = torch.zeros(
+            (max_batch, _NUM_WORDS), dtype=torch.int64, pin_memory=is_pinned
         )
-    return results
+        self.banned_BN = torch.zeros(
+            (max_batch, max_banned), dtype=torch.int64, pin_memory=is_pinned
+        )
+        self._bytes = memoryview(self.words_BW.numpy()).cast("B") if max_batch else None
+        self._event: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def record(self) -> None:
+        if self._event is None:
+            self._event = torch.cuda.Event()
+        self._event.record()
+
+    def write(self, rows: Sequence[SamplingRow], num_rows: int, vocab_size: int) -> bool:
+        """Writes the rows and their padding; whether a row has banned ids."""
+        has_banned = False
+        for index, (sampling, position, banned) in enumerate(rows):
+            num_banned = self._ban(index, banned, vocab_size) if banned else 0
+            has_banned |= num_banned > 0
+            _ROW.pack_into(
+                self._bytes,
+                index * _ROW.size,
+                sampling.temperature,
+                sampling.top_p,
+                sampling.min_p,
+                sampling.top_k if sampling.top_k > 0 else _TOP_K_OFF,
+                _signed(sampling.seed),
+                position,
+                num_banned,
+                0,
+            )
+        for index in range(len(rows), num_rows):
+            _ROW.pack_into(self._bytes, index * _ROW.size, *_PADDED_ROW)
+        return has_banned
+
+    def _ban(self, row: int, banned: Collection[int], vocab_size: int) -> int:
+        ids = [token_id for token_id in banned if 0 <= token_id < vocab_size]
+        if len(ids) > self.banned_BN.shape[1]:
+            raise RequestError(
+                f"a request bans {len(ids)} tokens until its min_tokens; at most "
+                f"{self.banned_BN.shape[1]} can be",
+                param="stop_token_ids",
+            )
+        self.banned_BN[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return len(ids)
 
 
-def uniforms(seed_B: Tensor, position_B: Tensor) -> Tensor:
-    """One float64 in [0, 1) a row from (seed, position), int64 [B] each: splitmix64, top 53 bits.
+def kind_of(samplings: Sequence[Sampling]) -> SamplingKind:
+    """The cheapest kind that serves all rows."""
+    sampled = [sampling for sampling in samplings if sampling.temperature >= GREEDY_BELOW]
+    if not sampled:
+        return "greedy"
+    is_filtered = any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in sampled)
+    return "filtered" if is_filtered else "plain"
 
-    The seed is mixed before the position joins it, so that seeds 1, 2, ... share no stream.
+
+def sample_into(
+    logits_BV: Tensor, buffers: SamplingBuffers, kind: SamplingKind, token_B: Tensor
+) -> None:
+    """Chooses one token a row with the first B rows of `buffers`; capturable, no synchronisation.
+
+    Args:
+        logits_BV: float32 [B, V], unchanged.
+        kind: as `fill` said, or one that does more.
+        token_B: int64 [B]; written. A row without a finite best logit (NaN from bad bytes,
+            everything banned) gives -1: there is no token to choose, and the caller fails that
+            request alone.
     """
-    mixed_B = _splitmix64(_splitmix64(seed_B) + position_B)
-    return _shift_right(mixed_B, 11).double() * 2.0**-53
+    rows = slice(0, logits_BV.shape[0])
+    banned = (buffers.banned_BN[rows], buffers.num_banned_B[rows])
+    best_B = torch.empty_like(token_B, dtype=torch.float32)
+    best_tokens(logits_BV, *banned, best_B, token_B)
+    if kind == "greedy":
+        return
+    temperature_B = buffers.temperature_B[rows]
+    last_value_B = last_id_B = None
+    if kind == "filtered":
+        last_value_B, last_id_B = torch.empty_like(best_B), torch.empty_like(token_B)
+        filter_tokens(
+            logits_BV,
+            *banned,
+            best_B,
+            temperature_B,
+            buffers.top_k_B[rows],
+            buffers.top_p_B[rows],
+            buffers.min_p_B[rows],
+            last_value_B,
+            last_id_B,
+        )
+    draw_tokens(
+        logits_BV,
+        *banned,
+        best_B,
+        temperature_B,
+        buffers.seed_B[rows],
+        buffers.position_B[rows],
+        last_value_B,
+        last_id_B,
+        token_B,
+    )
 
 
-def _draw(logits_BV: Tensor, best_B1: Tensor, batch: SamplingBatch) -> Tensor:
-    """Inverse CDF over the filtered probabilities, in order of token id."""
-    temperature_B1 = batch.temperature_B.clamp(min=GREEDY_BELOW)[:, None]
-    weight_BV = ((logits_BV - best_B1).double() / temperature_B1).exp()
-    if batch.is_filtered:
-        weight_BV = weight_BV * _kept(weight_BV, batch)
-    cdf_BV = weight_BV.cumsum(-1)
-    threshold_B1 = uniforms(batch.seed_B, batch.position_B)[:, None] * cdf_BV[:, -1:]
-    token_B = torch.searchsorted(cdf_BV, threshold_B1, right=True)[:, 0]
-    # Rounding may put the threshold on the total: then the last token with any weight is meant.
-    last_B = torch.searchsorted(cdf_BV, cdf_BV[:, -1:].contiguous())[:, 0]
-    return torch.minimum(token_B, last_B)
-
-
-def _kept(weight_BV: Tensor, batch: SamplingBatch) -> Tensor:
-    """Boolean [B, V]: what min-p, top-k and top-p leave. The best token always stays."""
-    sorted_BV, order_BV = weight_BV.sort(dim=-1, descending=True, stable=True)
-    # The best weight is 1, so min_p compares with the weights themselves.
-    kept_BV = sorted_BV >= batch.min_p_B[:, None]
-    last_B1 = (batch.top_k_B.clamp(max=weight_BV.shape[1]) - 1)[:, None]
-    kept_BV &= sorted_BV >= sorted_BV.gather(1, last_B1)
-    cdf_BV = (sorted_BV * kept_BV).cumsum(-1)
-    before_BV = cdf_BV - sorted_BV
-    top_p_B1 = batch.top_p_B[:, None]
-    kept_BV &= (before_BV < top_p_B1 * cdf_BV[:, -1:]) | (top_p_B1 >= 1)
-    kept_BV[:, 0] = True
-    return torch.zeros_like(kept_BV).scatter_(1, order_BV, kept_BV)
-
-
-def _lowest_best(logits_BV: Tensor, best_B1: Tensor) -> Tensor:
-    """The lowest id among equals; torch.argmax promises none."""
-    vocab = logits_BV.shape[1]
-    ids_V = torch.arange(vocab, device=logits_BV.device)
-    return torch.where(logits_BV == best_B1, ids_V, vocab).amin(-1)
-
-
-def _mask(logits_BV: Tensor, banned: Sequence[Collection[int]]) -> Tensor:
-    """A copy with -inf at banned ids."""
-    vocab = logits_BV.shape[1]
-    pairs = [(row, i) for row, ids in enumerate(banned) for i in ids if 0 <= i < vocab]
-    index_N2 = torch.tensor(pairs, dtype=torch.int64, device=logits_BV.device).view(-1, 2)
-    out_BV = logits_BV.clone()
-    out_BV[index_N2[:, 0], index_N2[:, 1]] = float("-inf")
-    return out_BV
-
-
-def _splitmix64(state_B: Tensor) -> Tensor:
-    """One step; int64 products wrap as unsigned ones do."""
-    state_B = state_B + _GAMMA
-    state_B = (state_B ^ _shift_right(state_B, 30)) * _MIX_1
-    state_B = (state_B ^ _shift_right(state_B, 27)) * _MIX_2
-    return state_B ^ _shift_right(state_B, 31)
-
-
-def _shift_right(value_B: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's own repeats the sign."""
-    return (value_B >> bits) & ((1 << (64 - bits)) - 1)
+def sample(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """As `sample_into`, with buffers of its own: for prompts' first tokens. int64 [B]."""
+    max_banned = max((len(row.banned) for row in rows), default=0)
+    buffers = SamplingBuffers(
+        len(rows), logits_BV.shape[1], logits_BV.device, max_banned=max_banned
+    )
+    token_B = torch.empty(len(rows), dtype=torch.int64, device=logits_BV.device)
+    sample_into(logits_BV, buffers, buffers.fill(rows), token_B)
+    return token_B
 
 
 def _signed(seed: int) -> int:

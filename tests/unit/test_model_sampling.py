@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidepool.common.wire import Sampling
-from tidepool.model.output import OutputRow, choose_tokens
-from tidepool.model.sampling import SamplingBatch, logprobs, sample, uniforms
+from tidepool.common.errors import RequestError
+from tidepool.common.wire import Sampling, TokenLogprob
+from tidepool.kernels.sample_tokens import uniforms
+from tidepool.model.output import OutputBuffers, OutputRow, choose_tokens
+from tidepool.model.sampling import (
+    SAMPLING_KINDS,
+    SamplingBuffers,
+    SamplingRow,
+    kind_of,
+    sample,
+    sample_into,
+)
 
 LOGITS_V = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
 INF = float("inf")
@@ -21,8 +31,25 @@ def sampling(**fields: object) -> Sampling:
     return Sampling(max_tokens=100, **fields)
 
 
-def draw(logits_BV: torch.Tensor, rows: list[tuple[Sampling, int]], **options: object) -> list[int]:
-    return sample(logits_BV, SamplingBatch.build(rows), **options).tolist()
+def draw(
+    logits_BV: torch.Tensor,
+    rows: list[tuple[Sampling, int]],
+    banned: tuple[Collection[int], ...] | None = None,
+) -> list[int]:
+    banned = banned or ((),) * len(rows)
+    named = [SamplingRow(*row, ids) for row, ids in zip(rows, banned, strict=True)]
+    return sample(logits_BV, named).tolist()
+
+
+def logprobs(
+    logits_BV: torch.Tensor, token_B: torch.Tensor, top_ns: list[int]
+) -> list[TokenLogprob | None]:
+    buffers = OutputBuffers(*logits_BV.shape, "cpu")
+    buffers.token_B.copy_(token_B)
+    buffers.write_logprobs(logits_BV, token_B)
+    tokens = buffers.start_read(len(top_ns), with_logprobs=True).tokens(top_ns)
+    assert [token.token_id for token in tokens] == token_B.tolist()
+    return [token.logprob for token in tokens]
 
 
 def support(count: int = 400, logits_V: torch.Tensor = LOGITS_V, **fields: object) -> set[int]:
@@ -174,9 +201,9 @@ def test_a_row_without_a_token_to_choose_is_marked_and_harms_no_other():
 def test_banned_tokens_are_not_chosen_and_the_logits_stay():
     logits = LOGITS_V.repeat(2, 1)
     greedy = [(sampling(temperature=0.0), 0)] * 2
-    assert draw(logits, greedy, banned=[(0, 1, 77, -3), ()]) == [2, 0]
+    assert draw(logits, greedy, banned=((0, 1, 77, -3), ())) == [2, 0]
     assert torch.equal(logits, LOGITS_V.repeat(2, 1))
-    assert draw(logits, greedy, banned=[range(5), ()]) == [-1, 0]
+    assert draw(logits, greedy, banned=(range(5), ())) == [-1, 0]
 
 
 def test_log_probabilities_are_of_the_raw_logits():
@@ -202,3 +229,102 @@ def test_stop_tokens_cannot_come_before_min_tokens():
         token = choose_tokens(LOGITS_V[None], [OutputRow(row, 9, num_output)], {0})[0]
         assert token.token_id == expected
         assert token.logprob.top_ids == (0,)
+
+
+def random_rows(generator: torch.Generator, count: int) -> list[SamplingRow]:
+    """Greedy, plain and filtered rows, some with banned ids."""
+    draws = torch.rand(count, 6, generator=generator).tolist()
+    return [
+        SamplingRow(
+            sampling(
+                temperature=0.0 if is_greedy < 0.3 else 0.2 + 2 * temperature,
+                top_k=int(60 * top_k) if top_k < 0.5 else 0,
+                top_p=top_p if top_p > 0.4 else 1.0,
+                min_p=min_p / 10 if min_p < 0.5 else 0.0,
+                seed=row,
+            ),
+            1000 + row,
+            (row, 3 * row) if banned < 0.3 else (),
+        )
+        for row, (is_greedy, temperature, top_k, top_p, min_p, banned) in enumerate(draws)
+    ]
+
+
+def sample_as_published(logits_BV: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
+    """Row by row, with the filters as masks over weights sorted by themselves."""
+    tokens = []
+    for logits_V, (parameters, position, banned) in zip(logits_BV.clone(), rows, strict=True):
+        logits_V[list(banned)] = -INF
+        if parameters.temperature < 1e-5:
+            tokens.append(int(logits_V.argmax()))
+            continue
+        weight_V = ((logits_V - logits_V.max()).double() / parameters.temperature).exp()
+        sorted_V, order_V = weight_V.sort(descending=True, stable=True)
+        kept_V = sorted_V >= parameters.min_p
+        if parameters.top_k > 0:
+            kept_V &= sorted_V >= sorted_V[min(parameters.top_k, len(sorted_V)) - 1]
+        cdf_V = (sorted_V * kept_V).cumsum(0)
+        if parameters.top_p < 1:
+            kept_V &= cdf_V - sorted_V < parameters.top_p * cdf_V[-1]
+        kept_V[0] = True
+        weight_V *= torch.zeros_like(kept_V).scatter_(0, order_V, kept_V)
+        cdf_V = weight_V.cumsum(0)
+        uniform = uniforms(torch.tensor([parameters.seed]), torch.tensor([position]))
+        tokens.append(int(torch.searchsorted(cdf_V, uniform * cdf_V[-1], right=True)))
+    return tokens
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fixed_buffers_choose_what_the_published_filters_choose(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(24, 400, generator=generator) * 3
+    rows = random_rows(generator, 24)
+    expected = sample_as_published(logits, rows)
+    buffers = SamplingBuffers(32, 400, "cpu", max_banned=2)
+    kind = buffers.fill(rows)
+    tokens = torch.empty(24, dtype=torch.int64)
+    sample_into(logits, buffers, kind, tokens)
+    assert kind == "filtered"
+    assert tokens.tolist() == expected
+
+
+def test_kinds_that_do_more_choose_the_same_tokens():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    chosen = {}
+    for fields in ({"temperature": 0.0}, {"temperature": 1.0}):
+        rows = [SamplingRow(sampling(seed=i, **fields), i) for i in range(4)]
+        kind = kind_of([row.sampling for row in rows])
+        for stronger in SAMPLING_KINDS[SAMPLING_KINDS.index(kind) :]:
+            buffers = SamplingBuffers(4, 50, "cpu")
+            assert buffers.fill(rows) == kind
+            tokens = torch.empty(4, dtype=torch.int64)
+            sample_into(logits, buffers, stronger, tokens)
+            chosen.setdefault(kind, set()).add(tuple(tokens.tolist()))
+    assert chosen["greedy"] != chosen["plain"]
+    assert all(len(tokens) == 1 for tokens in chosen.values())
+
+
+def test_greedy_rows_with_filters_make_no_filtered_step():
+    assert kind_of([sampling(temperature=0.0, top_k=5)]) == "greedy"
+    assert kind_of([sampling(temperature=0.0, top_k=5), sampling()]) == "plain"
+    assert kind_of([sampling(top_k=5), sampling()]) == "filtered"
+    assert kind_of([]) == "greedy"
+
+
+def test_padding_is_greedy_and_old_rows_leave_nothing():
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    buffers = SamplingBuffers(3, 40, "cpu", max_banned=4)
+    best = logits.argmax(-1)
+    strange = sampling(temperature=50.0, seed=3)
+    buffers.fill([SamplingRow(strange, 5, (int(best[row]),)) for row in range(3)])
+    buffers.fill([SamplingRow(sampling(temperature=0.0), 0)], 3)
+    tokens = torch.empty(3, dtype=torch.int64)
+    sample_into(logits, buffers, "filtered", tokens)
+    assert torch.equal(tokens, best)
+
+
+def test_more_banned_ids_than_there_is_room_for_are_refused():
+    buffers = SamplingBuffers(1, 40, "cpu", max_banned=2)
+    buffers.fill([SamplingRow(sampling(), 0, (1, 2, 40, -1))])
+    with pytest.raises(RequestError, match="bans 3 tokens"):
+        buffers.fill([SamplingRow(sampling(), 0, (1, 2, 3))])
