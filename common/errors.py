@@ -8,6 +8,7 @@ TidepoolError
   PeerError            a peer is gone, refused us, or does not answer
   TransferError        bytes could not be moved
     ChecksumError      bytes arrived, and they are not the bytes that were sent
+  SegmentError         memory of an earlier process cannot be had or gone on from
   KernelError          an op was called with tensors it cannot take, or a launch failed
   InvariantError       our own fault: the node stops
 
@@ -73,6 +74,10 @@ class TransferError(TidepoolError):
 
 class ChecksumError(TransferError):
     """Bytes arrived and differ from what was sent."""
+
+
+class SegmentError(TidepoolError):
+    """Shared memory of another process cannot be had, or is not what it must be."""
 
 
 class KernelError(TidepoolError):

@@ -26,6 +26,13 @@ _DYING_STATES = ("04", "09", "0B")
 _TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 
+def node_directory() -> Path:
+    """This user's private directory for what processes of one node leave each other."""
+    directory = Path(tempfile.gettempdir()) / f"tidepool-nodes-{os.getuid()}"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return directory
+
+
 class Incarnations:
     """The record of one node's processes on this machine.
 
@@ -35,8 +42,7 @@ class Incarnations:
     """
 
     def __init__(self, name: str, directory: Path | None = None) -> None:
-        directory = directory or Path(tempfile.gettempdir()) / f"tidepool-nodes-{os.getuid()}"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = directory or node_directory()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._path = directory / f"{name}.json"
         self._file = os.fdopen(os.open(self._path, flags, 0o600), "r+")

@@ -62,6 +62,27 @@ def allocate_host(num_bytes: int, *, pin: bool, what: str = "host memory") -> Ho
     return memory
 
 
+def adopt_host(data: Tensor, num_bytes: int, *, pin: bool, what: str = "host memory") -> HostMemory:
+    """Uses memory that somebody else allocated, such as a part of a SharedSegment.
+
+    Args:
+        data: uint8 on the CPU, `num_bytes` long; never copied or cleared.
+
+    Raises ConfigError if it has another size, or cannot be pinned as in allocate_host.
+    """
+    if data.dtype != torch.uint8 or data.device.type != "cpu" or data.numel() != num_bytes:
+        raise ConfigError(
+            f"{what} needs {num_bytes} bytes of host memory, not {data.numel()} x {data.dtype} "
+            f"on {data.device}"
+        )
+    if pin and not torch.cuda.is_available():
+        raise ConfigError(f"{what} is to be pinned, but there is no CUDA device")
+    memory = HostMemory(data)
+    if pin and num_bytes:
+        _pin(memory)
+    return memory
+
+
 def allocate(num_bytes: int, device: torch.device, *, pin: bool, what: str) -> HostMemory:
     """As allocate_host on "cpu"; on another device plain device memory (uninitialised)."""
     if device.type == "cpu":

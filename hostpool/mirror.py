@@ -15,27 +15,37 @@ import torch
 from torch import Tensor
 
 from ..common.wire import Region
-from .memory import allocate_host
+from .memory import adopt_host, allocate_host
 
 
 class HostMirror:
     """Args:
     name: region name on the wire.
     device_LPX: uint8 [layers, pages, page bytes], the pool's memory.
+    memory: uint8 of that size on the CPU to use for a device's mirror instead of allocating.
 
     Attributes:
         host_LPX: the same shape in host memory; `device_LPX` itself if that is on the CPU.
     """
 
-    def __init__(self, name: Literal["kv", "index"], device_LPX: Tensor) -> None:
+    def __init__(
+        self,
+        name: Literal["kv", "index"],
+        device_LPX: Tensor,
+        *,
+        memory: Tensor | None = None,
+    ) -> None:
         self._name = name
         self._device_LPX = device_LPX
         if device_LPX.device.type == "cpu":
             self._memory = None
             self.host_LPX = device_LPX
         else:
-            self._memory = allocate_host(
-                device_LPX.numel(), pin=True, what=f"host mirror of the {name} pool"
+            what, num_bytes = f"host mirror of the {name} pool", device_LPX.numel()
+            self._memory = (
+                allocate_host(num_bytes, pin=True, what=what)
+                if memory is None
+                else adopt_host(memory, num_bytes, pin=True, what=what)
             )
             self.host_LPX = self._memory.data.view(device_LPX.shape)
 

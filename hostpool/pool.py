@@ -24,7 +24,7 @@ from torch import Tensor
 from ..common.errors import InvariantError
 from ..common.layouts import DeepSeekV4Layout, KvGeometry, check_page_size
 from ..common.wire import Region
-from .memory import HostMemory, allocate, poison_pages
+from .memory import HostMemory, adopt_host, allocate, poison_pages
 from .pages import OwnerKind, PageAllocator, PageLease
 
 
@@ -180,8 +180,11 @@ class HostPool(PagedHostPool):
         num_pages: pages of each layer.
         device: "cpu" (tests may put the pool on a GPU).
         pin: register the memory with CUDA, so that kernels read it and copies are asynchronous.
+        memory: uint8 [`bytes_needed`] on the CPU to use instead of allocating (a part of a
+            SharedSegment, say); what lies in it stays.
 
-    Raises ConfigError if the machine or its cgroup has less memory, or cannot pin.
+    Raises ConfigError if the machine or its cgroup has less memory, or cannot pin, or if `memory`
+    has another size.
     """
 
     def __init__(
@@ -191,17 +194,23 @@ class HostPool(PagedHostPool):
         *,
         device: torch.device | str = "cpu",
         pin: bool = False,
+        memory: Tensor | None = None,
     ) -> None:
         super().__init__(geometry.page_size, num_pages)
         self.geometry = geometry
         layers, row_bytes = geometry.num_layers, geometry.row.row_bytes
-        self._memory: HostMemory = allocate(
-            layers * num_pages * geometry.kv_page_bytes,
-            torch.device(device),
-            pin=pin,
-            what="host pool",
+        num_bytes = self.bytes_needed(geometry, num_pages)
+        self._memory: HostMemory = (
+            allocate(num_bytes, torch.device(device), pin=pin, what="host pool")
+            if memory is None
+            else adopt_host(memory, num_bytes, pin=pin, what="host pool")
         )
         self.rows = self._memory.data.view(layers, num_pages * geometry.page_size, row_bytes)
+
+    @staticmethod
+    def bytes_needed(geometry: KvGeometry, num_pages: int) -> int:
+        """Bytes of the rows of `num_pages` pages, all layers."""
+        return geometry.num_layers * num_pages * geometry.kv_page_bytes
 
     def region(self) -> Region:
         """Where peers write: every page of every layer."""

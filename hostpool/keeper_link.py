@@ -1,0 +1,114 @@
+"""A node's end of its keeper: the process that holds the node's memory when the node is killed.
+
+    link = KeeperLink(path)                   a decode node, at its start
+    segment = link.own(timeout_s)             what the process before left, or None
+    link.hold(SharedSegment.create(...))      if there was nothing to go on from
+
+    link = KeeperLink(path)                   another process of the same user and machine
+    segment = link.borrow()
+
+A link that borrows says by being open that its process may write into the memory: close it only when
+nothing of it can write any more, and borrow anew for each owner that follows. The owner asks
+`num_earlier_guests` before it gives away pages that those could still write. The keeper's own side,
+and what makes an owner count as gone, is in deploy/keeper.py. Calls block for milliseconds; used
+from one thread at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import SegmentError
+from .segment import SharedSegment
+
+_TIMEOUT_S = 2.0
+_RETRY_S = 0.02
+_MAX_PACKET_BYTES = 4096
+_CREDENTIALS = struct.Struct("3i")
+
+
+class KeeperLink:
+    """One connection to the keeper that listens at `path`; SegmentError if there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_TIMEOUT_S)
+        try:
+            self._socket.connect(str(path))
+            option = self._socket.getsockopt(
+                socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+            )
+        except OSError as error:
+            self._socket.close()
+            raise SegmentError(f"no keeper answers at {path}: {error}") from error
+        if _CREDENTIALS.unpack(option)[1] != os.getuid():
+            self._socket.close()
+            raise SegmentError(f"the keeper at {path} belongs to another user")
+
+    def own(self, timeout_s: float) -> SharedSegment | None:
+        """Becomes the owner; returns the memory that is held, None if there is none.
+
+        Waits up to `timeout_s` for the owner before to have ended. SegmentError if it lives on, if
+        the keeper is gone, or if the memory is no whole segment (this process is the owner then).
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            answer, descriptor = self._ask({"do": "own"})
+            if answer["ok"]:
+                return None if descriptor is None else SharedSegment.attach(descriptor)
+            if time.monotonic() >= deadline_s:
+                raise SegmentError(f"the keeper refuses: {answer.get('why')}")
+            time.sleep(_RETRY_S)
+
+    def hold(self, segment: SharedSegment) -> None:
+        """From now on the keeper holds this segment, and no other. The owner only."""
+        self._insist({"do": "hold"}, segment.descriptor)
+
+    def borrow(self) -> SharedSegment:
+        """Maps the owner's memory as a guest. SegmentError if there is none."""
+        descriptor = self._insist({"do": "borrow"})
+        if descriptor is None:
+            raise SegmentError("the keeper lends no memory")
+        return SharedSegment.attach(descriptor)
+
+    def num_earlier_guests(self) -> int:
+        """Guests that live and came before this owner: they could still write. The owner only."""
+        answer, _ = self._ask({"do": "guests"})
+        return int(answer.get("earlier", 0))
+
+    def end(self) -> None:
+        """The keeper ends, and what it holds with it; nothing if it is gone. The owner only."""
+        with contextlib.suppress(SegmentError):
+            self._ask({"do": "end"})
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _insist(self, message: dict[str, Any], descriptor: int | None = None) -> int | None:
+        answer, received = self._ask(message, descriptor)
+        if not answer["ok"]:
+            raise SegmentError(f"the keeper refuses: {answer.get('why')}")
+        return received
+
+    def _ask(
+        self, message: dict[str, Any], descriptor: int | None = None
+    ) -> tuple[dict[str, Any], int | None]:
+        sent = [] if descriptor is None else [descriptor]
+        try:
+            socket.send_fds(self._socket, [json.dumps(message).encode()], sent)
+            packet, received, _, _ = socket.recv_fds(self._socket, _MAX_PACKET_BYTES, 1)
+            for each in received:
+                os.set_inheritable(each, False)
+            answer = json.loads(packet)
+        except (OSError, ValueError) as error:
+            raise SegmentError(f"the keeper does not answer: {error}") from error
+        if not isinstance(answer, dict) or "ok" not in answer:
+            raise SegmentError(f"the keeper answers {packet!r:.100}")
+        return answer, received[0] if received else None
