@@ -22,6 +22,7 @@ from .context import AttentionContext
 from .layers import GatedMlp, linear_fp32, rms_norm
 from .mla import LatentAttention
 from .moe import MixtureOfExperts, make_router
+from .random_weights import RandomWeights
 from .rope import Rope
 from .weights import Checkpoint, Weights
 
@@ -89,27 +90,59 @@ class Model:
         """
         path, device = Path(path), torch.device(device)
         config = ModelConfig.from_dir(path)
-        if compiled_gates is None:
-            compiled_gates = device.type == "cuda"
-        with Checkpoint(path) as checkpoint, torch.inference_mode():
+        with Checkpoint(path) as checkpoint:
             weights = Weights(checkpoint, config, dtype, device)
-            layers = tuple(
-                _load_layer(
-                    weights,
-                    config,
-                    layer,
-                    strict_norm_eps=strict_norm_eps,
-                    compiled_gates=compiled_gates,
-                )
-                for layer in range(config.num_layers)
+            return cls._build(
+                weights, config, strict_norm_eps=strict_norm_eps, compiled_gates=compiled_gates
             )
-            return cls(
+
+    @classmethod
+    def random(
+        cls,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        seed: int = 0,
+        compiled_gates: bool | None = None,
+    ) -> Model:
+        """A model with random weights, drawn on the device: for benchmarks.
+
+        `config`: see `published_config` for the shapes of published models. `dtype`,
+        `compiled_gates` as for `load`.
+        """
+        weights = RandomWeights(config, dtype, torch.device(device), seed=seed)
+        return cls._build(weights, config, strict_norm_eps=False, compiled_gates=compiled_gates)
+
+    @classmethod
+    @torch.inference_mode()
+    def _build(
+        cls,
+        weights: Weights | RandomWeights,
+        config: ModelConfig,
+        *,
+        strict_norm_eps: bool,
+        compiled_gates: bool | None,
+    ) -> Model:
+        if compiled_gates is None:
+            compiled_gates = weights.device.type == "cuda"
+        layers = tuple(
+            _load_layer(
+                weights,
                 config,
-                embed_VM=weights.get("model.embed_tokens.weight"),
-                layers=layers,
-                norm_M=weights.get("model.norm.weight"),
-                head_VM=_load_head(weights, config),
+                layer,
+                strict_norm_eps=strict_norm_eps,
+                compiled_gates=compiled_gates,
             )
+            for layer in range(config.num_layers)
+        )
+        return cls(
+            config,
+            embed_VM=weights.get("model.embed_tokens.weight"),
+            layers=layers,
+            norm_M=weights.get("model.norm.weight"),
+            head_VM=_load_head(weights, config),
+        )
 
     @torch.inference_mode()
     def forward(
@@ -134,7 +167,7 @@ class Model:
 
 
 def _load_layer(
-    weights: Weights,
+    weights: Weights | RandomWeights,
     config: ModelConfig,
     layer: int,
     *,
@@ -156,14 +189,16 @@ def _load_layer(
     )
 
 
-def _load_mlp(weights: Weights, prefix: str) -> GatedMlp:
+def _load_mlp(weights: Weights | RandomWeights, prefix: str) -> GatedMlp:
     return GatedMlp(
         gate_up_FM=weights.fused(prefix + "gate_proj.weight", prefix + "up_proj.weight"),
         down_MF=weights.get(prefix + "down_proj.weight"),
     )
 
 
-def _load_mixture(weights: Weights, config: ModelConfig, prefix: str) -> MixtureOfExperts:
+def _load_mixture(
+    weights: Weights | RandomWeights, config: ModelConfig, prefix: str
+) -> MixtureOfExperts:
     """Experts are copied one by one into two stacked tensors."""
     num_experts, inner = config.n_routed_experts, config.moe_intermediate_size
     gate_up_EFM = weights.empty(num_experts, 2 * inner, config.hidden_size)
@@ -182,7 +217,7 @@ def _load_mixture(weights: Weights, config: ModelConfig, prefix: str) -> Mixture
     return MixtureOfExperts(router, gate_up_EFM, down_EMF, shared)
 
 
-def _load_head(weights: Weights, config: ModelConfig) -> Tensor:
+def _load_head(weights: Weights | RandomWeights, config: ModelConfig) -> Tensor:
     """lm_head, or the embedding when tied; float32 on a CPU, which has no mixed matmul."""
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return weights.get(name, torch.float32 if weights.device.type == "cpu" else None)
