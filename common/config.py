@@ -163,6 +163,8 @@ class ClusterSection:
     """Decode nodes."""
     unified: int = 0
     """Nodes that do both; used instead of prefill and decode nodes."""
+    fronts: int = 1
+    """HTTP fronts. Several share front.port of one machine, so that a killed one costs its own connections only; front.port + 1, + 2, ... are theirs alone, for /metrics."""
     cpus_per_node: float = 1.0
     """CPUs Ray reserves for a node."""
     gpus_per_node: float = 0.0
@@ -216,6 +218,7 @@ def _faults(config: Config) -> Iterator[str]:
             "max_queued_messages",
         ),
         "front": ("max_requests", "max_body_bytes", "max_attempts"),
+        "cluster": ("fronts",),
     }
     for section, names in at_least_one.items():
         for name in names:
