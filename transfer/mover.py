@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from ..common.clock import Clock, MonotonicClock
 from ..common.config import TransferSection
 from ..common.errors import TransferError
-from .checksum import checksum
-from .jobs import Part, VerifyJob, WriteJob, WriteResult
+from .checksum import checksum, num_bytes_of
+from .jobs import VerifyJob, WriteJob, WriteResult
 from .transport import Channel, Ticket, TicketStatus, Transport, Write
 
 _LOGGER = logging.getLogger(__name__)
@@ -190,9 +190,9 @@ class Mover:
         return next(self._unhashed(), None) is not None
 
     def _is_staging(self) -> bool:
-        heads = (queue[0] for queue in self._queues.values())
-        return any(isinstance(task, _Writing) and task.staged is not None for task in heads) or any(
-            task.staged is not None for task in self._flying
+        heads = [queue[0] for queue in self._queues.values()]
+        return any(
+            isinstance(task, _Writing) and task.staged is not None for task in heads + self._flying
         )
 
     def _can_go_on(self, task: _Writing | _Verifying) -> bool:
@@ -204,13 +204,11 @@ class Mover:
 
     def _unhashed(self) -> Iterator[_Writing]:
         """Tasks whose bytes may be hashed and are not yet; those that will end first come first."""
-        for task in self._flying:
-            if not task.is_hashed:
-                yield task
+        yield from (task for task in self._flying if not task.is_hashed)
         for queue in self._queues.values():
-            task = queue[0]
-            if isinstance(task, _Writing) and task.num_submitted and not task.is_hashed:
-                yield task
+            head = queue[0]
+            if isinstance(head, _Writing) and head.num_submitted and not head.is_hashed:
+                yield head
 
     def _room(self, address: str) -> int:
         return self._config.max_writes_in_flight - self._num_in_flight.get(address, 0)
@@ -264,7 +262,7 @@ class Mover:
         while is_good and task.num_hashed < len(job.parts) and num_bytes < _SLICE_BYTES:
             part = job.parts[task.num_hashed]
             is_good = checksum(part) == job.expected[task.num_hashed]
-            num_bytes += _size(part)
+            num_bytes += num_bytes_of(part)
             task.num_hashed += 1
         if is_good and task.num_hashed < len(job.parts):
             return False
@@ -282,7 +280,7 @@ class Mover:
         while not task.is_hashed and num_bytes < _SLICE_BYTES:
             part = task.job.parts[len(task.checksums)]
             task.checksums.append(checksum(part))
-            num_bytes += _size(part)
+            num_bytes += num_bytes_of(part)
         if task.is_hashed and task in self._flying:
             self._land_one(task)
 
@@ -403,7 +401,3 @@ class Mover:
 
 def _raise(error: Exception) -> None:
     raise error
-
-
-def _size(part: Part) -> int:
-    return sum(size for _, size in part)
