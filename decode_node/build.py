@@ -17,6 +17,7 @@ from .admission import Admission
 from .coordinator import HiSparseCoordinator
 from .engine import DecodeEngine, Send
 from .hot_cache import HotCache
+from .step_runner import StepRunner
 
 
 def max_context(config: Config, model: ModelConfig) -> int:
@@ -102,18 +103,29 @@ def build_coordinator(
 def build_engine(
     config: Config,
     model: Model,
-    kv: KvGeometry,
-    device: torch.device,
+    coordinator: HiSparseCoordinator,
     *,
     send: Send,
     clock: Clock,
 ) -> DecodeEngine:
-    """Allocates pools and seats and joins them to an engine."""
-    coordinator = build_coordinator(config, model.config, kv, device)
+    """Joins model and pools to an engine; takes the graphs of its steps."""
+    decode, is_cuda = config.decode, model.device.type == "cuda"
+    runner = StepRunner(
+        model,
+        coordinator.cache,
+        coordinator.host,
+        coordinator.index,
+        max_batch=decode.seats,
+        max_context=max_context(config, model.config),
+        use_graphs=decode.cuda_graphs,
+    )
+    runner.prepare()
     return DecodeEngine(
         model,
         coordinator,
+        runner,
         send=send,
         clock=clock,
-        park_after_tokens=config.decode.park_after_tokens,
+        park_after_tokens=decode.park_after_tokens,
+        is_overlapped=is_cuda if decode.overlap == "auto" else decode.overlap == "on",
     )

@@ -1,8 +1,9 @@
 """One decode step's attention context: one new token a sequence, KV behind the hot cache.
 
-Built by the engine for each step on the step thread; the model's layers call it in order. For each
-index group: store the new indexer key, score the whole context from the index pool, select, resolve
-against the hot cache; then for each layer of the group: swap in the misses, attend over hot rows.
+Built by the step runner on the step thread, once a step or once a captured graph; the model's
+layers call it in order. For each index group: store the new indexer key, score the whole context
+from the index pool, select, plan against the hot cache and start to swap in the misses; then for
+each layer of the group: wait for its rows on the device, attend over them.
 """
 
 from __future__ import annotations
@@ -24,25 +25,29 @@ from .hot_cache import HotCache
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """B sequences, one token each.
+    """B rows, one token each; views of the step's fixed buffers (step_buffers.py).
 
     Attributes:
         token_ids_B: int64, tokens fed.
         positions_B: int64, where they stand.
-        seats_B: int64.
+        lens_B: int64, length of each sequence, the new token included; 0: a padded row.
+        seats_B: int64; -1: a padded row.
         index_slots_B: int64, slot in the index pool of each new indexer key.
         index_table_BP: int32, index pages of each sequence, -1 behind its end.
         store_rows_2B: int64 [2, B], device rows for the new KV rows (ring, hot slot or -1).
-        max_len: length of the longest sequence, the new token included.
+        scores_BC: float32, indexer scores; C is at least the longest length.
+        topk_idx_BK: int32, selected positions.
     """
 
     token_ids_B: Tensor
     positions_B: Tensor
+    lens_B: Tensor
     seats_B: Tensor
     index_slots_B: Tensor
     index_table_BP: Tensor
     store_rows_2B: Tensor
-    max_len: int
+    scores_BC: Tensor
+    topk_idx_BK: Tensor
 
 
 class DecodeContext:
@@ -54,9 +59,6 @@ class DecodeContext:
         self._index = index
         self._batch = batch
         self._layout = cache.geometry.row
-        self._lens_B = batch.positions_B + 1
-        self._max_len = batch.max_len
-        self.fault_B = torch.zeros_like(batch.positions_B, dtype=torch.int32)
 
     def store_kv(self, layer: int, latent_TC: Tensor, rope_key_TR: Tensor) -> None:
         for rows_B in self._batch.store_rows_2B:
@@ -74,29 +76,13 @@ class DecodeContext:
 
     def select(self, index_layer: int, query_TID: Tensor, weight_TI: Tensor) -> None:
         batch = self._batch
-        num_rows = query_TID.shape[0]
-        topk_idx_BK = torch.empty(
-            (num_rows, self._cache.topk), dtype=torch.int32, device=query_TID.device
+        self._select(index_layer, query_TID, weight_TI)
+        self._cache.swap_in(
+            index_layer, batch.topk_idx_BK, batch.lens_B, batch.seats_B, self._host.rows
         )
-        scores_BC = torch.zeros((num_rows, self._max_len), device=query_TID.device)
-        # With no more positions than selected rows every order of scores selects the same.
-        if self._max_len > self._cache.topk:
-            geometry = self._cache.geometry
-            index_logits(
-                query_TID,
-                weight_TI,
-                self._index.data[index_layer],
-                batch.index_table_BP,
-                self._lens_B,
-                scores_BC,
-                geometry.page_size,
-                geometry.index.name,
-            )
-        select_topk(scores_BC, self._lens_B, topk_idx_BK)
-        self.fault_B |= self._cache.resolve(index_layer, topk_idx_BK, self._lens_B, batch.seats_B)
 
     def attend(self, layer: int, q_latent_THC: Tensor, q_rope_THR: Tensor, scale: float) -> Tensor:
-        hot_idx_BK = self._cache.copy(layer, self._host.rows)
+        hot_idx_BK = self._cache.hot_idx(layer, q_latent_THC.shape[0])
         out_THC = torch.empty_like(q_latent_THC)
         sparse_mla(
             q_latent_THC,
@@ -108,3 +94,24 @@ class DecodeContext:
             out_THC,
         )
         return out_THC
+
+    def _select(self, index_layer: int, query_TID: Tensor, weight_TI: Tensor) -> None:
+        batch = self._batch
+        topk = batch.topk_idx_BK.shape[1]
+        # With no more positions than selected rows every order of scores selects the same.
+        if batch.scores_BC.shape[1] <= topk:
+            every_K = torch.arange(topk, dtype=torch.int32, device=query_TID.device)
+            batch.topk_idx_BK.copy_(torch.where(every_K < batch.lens_B[:, None], every_K, -1))
+            return
+        geometry = self._cache.geometry
+        index_logits(
+            query_TID,
+            weight_TI,
+            self._index.data[index_layer],
+            batch.index_table_BP,
+            batch.lens_B,
+            batch.scores_BC,
+            geometry.page_size,
+            geometry.index.name,
+        )
+        select_topk(batch.scores_BC, batch.lens_B, batch.topk_idx_BK)

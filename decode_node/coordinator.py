@@ -6,7 +6,7 @@ pool (indexer keys), the seats and the hot cache:
     admit_request_direct         transferred prompt: its rows are in host pages already
     admit_request_into_staging   local prefill: device pages -> host pages, then like any other
     seat / retract_req           take a hot buffer / give it up (park): no KV is lost or moved up
-    _eager_backup_previous_token ring -> host, a full page at a time; moves durable_len
+    _eager_backup_previous_token ring -> host, a full page at a time; durable_len follows by event
     release_req                  the only way out: seat, host pages, index pages
 
 `_eager_backup_previous_token` is the peers' name for copying the newest token's row to the host
@@ -17,7 +17,9 @@ one copy of whole rows does; the name is kept so that readers of the seed docume
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +31,19 @@ from ..hostpool.pool import HostPool
 from ..hostpool.seats import SeatPool
 from ..kernels.copy_rows import copy_rows
 from .admission import Admission
-from .context import StepBatch
+from .backup import Backup
 from .hot_cache import HotCache
 from .sequence import Sequence, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class SeatRow:
+    """What one row of a step feeds: see `begin_step` in kernels/begin_step.py."""
+
+    seat: int
+    position: int
+    ring_start: int
+    token_id: int
 
 
 class HiSparseCoordinator:
@@ -55,18 +67,22 @@ class HiSparseCoordinator:
         self._warm_start = warm_start
         self._page_size = cache.geometry.page_size
         self._device = cache.rows.device
+        self.backup = Backup(self._device)
 
     # Admission
 
     def admit_request_direct(self, sequence: Sequence) -> None:
         """The prompt's rows are final in the sequence's host pages: it is READY for a seat."""
-        sequence.durable_len = sequence.num_prompt_tokens
+        sequence.kv_len = sequence.durable_len = sequence.backup_len = sequence.num_prompt_tokens
         sequence.advance(SequenceState.READY)
 
     def admit_request_into_staging(
         self, sequence: Sequence, source: DevicePool, source_pages: list[int]
     ) -> None:
-        """Copies a local prefill's pages to the sequence's host and index pages; READY after it.
+        """Starts to copy a local prefill's pages to the sequence's host and index pages.
+
+        They have arrived, and the source pages are free, when `durable_len` has moved; then
+        `admit_request_direct` makes it READY.
 
         Args:
             source: the prefill's device pool, same geometry.
@@ -79,19 +95,22 @@ class HiSparseCoordinator:
             raise InvariantError(
                 f"{sequence.key}: {num_pages} pages to stage, {len(target_pages)} reserved"
             )
-        copy_rows(
-            source.rows,
-            self.host.rows,
-            self._slots(source_pages),
-            self._slots(target_pages),
-        )
-        copy_rows(
-            source.index,
-            self.index.data,
-            self._tensor(source_pages),
-            self._tensor(sequence.index_lease.pages[:num_pages]),
-        )
-        self.admit_request_direct(sequence)
+
+        def copy() -> None:
+            copy_rows(
+                source.rows,
+                self.host.rows,
+                self._slots(source_pages),
+                self._slots(target_pages),
+            )
+            copy_rows(
+                source.index,
+                self.index.data,
+                self._tensor(source_pages),
+                self._tensor(sequence.index_lease.pages[:num_pages]),
+            )
+
+        self.backup.start(sequence, sequence.num_prompt_tokens, copy)
 
     # Seats
 
@@ -101,63 +120,55 @@ class HiSparseCoordinator:
         if seat is None:
             return False
         sequence.seat = seat
-        sequence.admit_len = sequence.durable_len
+        sequence.admit_len = sequence.kv_len = sequence.backup_len
         sequence.tokens_since_seated = 0
-        self.cache.take_seat(seat, sequence.host_lease.pages)
+        self.backup.order()  # the seat's last owner, and this sequence's own rows
+        self.cache.take_seat(seat, sequence.host_lease.pages, sequence.index_lease.pages)
         self._preload(sequence, seat)
         sequence.advance(SequenceState.RUNNING)
         return True
 
     def retract_req(self, sequence: Sequence) -> None:
-        """Parks a RUNNING sequence: its newest rows go to the host, its seat is free again."""
-        self._backup(sequence, sequence.kv_len)
+        """Parks a RUNNING sequence: its newest rows go to the host, its seat is free again.
+
+        No step of it may be in flight.
+        """
+        if sequence.in_flight:
+            raise InvariantError(f"{sequence.key}: parked with a step in flight")
+        self._start_backup(sequence, sequence.kv_len)
         sequence.advance(SequenceState.PARKED)
         self._free_seat(sequence)
 
-    def release_req(self, sequence: Sequence, end: SequenceState) -> None:
-        """Ends the sequence and gives back its seat and its hold on pages.
+    def release_req(self, sequence: Sequence) -> None:
+        """Gives back the seat of an ended sequence and its hold on pages.
 
-        Pages under a lease that a remote writer has not ended stay out of the free list until then.
+        No step of it may be in flight. Pages under a lease that a remote writer has not ended stay
+        out of the free list until then.
         """
-        sequence.advance(end)
+        if sequence.in_flight:
+            raise InvariantError(f"{sequence.key}: released with a step in flight")
+        self.backup.wait(sequence)
         self._free_seat(sequence)
         self.admission.release(sequence.host_lease, sequence.index_lease)
 
     # Steps
 
-    def prepare_step(self, sequences: list[Sequence]) -> StepBatch:
-        """Builds the tensors of one decode step; every sequence feeds its newest token."""
-        page_size = self._page_size
-        positions = [sequence.kv_len for sequence in sequences]
-        num_pages = max(position // page_size for position in positions) + 1
-        index_slots, ring_starts = [], []
-        table = torch.full((len(sequences), num_pages), -1, dtype=torch.int32)
-        for row, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-            pages = sequence.index_lease.pages[: position // page_size + 1]
-            table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-            index_slots.append(pages[-1] * page_size + position % page_size)
-            ring_starts.append(self._ring_start(sequence, position))
-        seats_B = self._tensor([self._seat(sequence) for sequence in sequences])
-        positions_B = self._tensor(positions)
-        store_rows_2B = self.cache.begin_step(
-            seats_B, positions_B, self._tensor(ring_starts).to(torch.int32)
-        )
-        return StepBatch(
-            token_ids_B=self._tensor([sequence.output[-1].token_id for sequence in sequences]),
-            positions_B=positions_B,
-            seats_B=seats_B,
-            index_slots_B=self._tensor(index_slots),
-            index_table_BP=self._upload(table),
-            store_rows_2B=store_rows_2B,
-            max_len=max(positions) + 1,
+    def seat_row(self, sequence: Sequence) -> SeatRow:
+        """What the sequence's next step feeds: a token known, or the one its last step chooses."""
+        position, index = sequence.kv_len, sequence.next_index
+        is_known = index < len(sequence.output)
+        return SeatRow(
+            seat=self._seat(sequence),
+            position=position,
+            ring_start=self._ring_start(sequence, position),
+            token_id=sequence.output[index].token_id if is_known else -1,
         )
 
     def _eager_backup_previous_token(self, sequences: Iterable[Sequence]) -> None:
-        """After a step: a sequence whose newest page is full has it backed up, in one piece."""
+        """Behind a step: a sequence whose newest page is full has it backed up, in one piece."""
         for sequence in sequences:
             if sequence.kv_len % self._page_size == 0:
-                self._backup(sequence, sequence.kv_len)
-        self.cache.end_step()
+                self._start_backup(sequence, sequence.kv_len)
 
     finish_step = _eager_backup_previous_token
 
@@ -165,35 +176,41 @@ class HiSparseCoordinator:
         """Oldest position in the ring once `position` is stored: this page and the one before."""
         page = position // self._page_size
         start = max(sequence.admit_len, (page - 1) * self._page_size)
-        if sequence.durable_len < start:
+        if sequence.backup_len < start:
             raise InvariantError(f"{sequence.key}: the ring would overwrite rows not yet durable")
+        if sequence.durable_len < start:
+            self.backup.order()
         return start
 
-    def _backup(self, sequence: Sequence, end: int) -> None:
-        """Copies rows [durable_len, end) from the ring to host pages, all layers; they are final."""
-        first = sequence.durable_len
+    def _start_backup(self, sequence: Sequence, end: int) -> None:
+        """Copies rows [backup_len, end) from the ring to host pages, all layers; they are final."""
+        first = sequence.backup_len
         if first == end:
             return
         if end - first > self.cache.ring_rows:
             raise InvariantError(f"{sequence.key}: rows {first} to {end} are not all in the ring")
-        copy_rows(
-            self.cache.rows,
-            self.host.rows,
-            self.cache.ring_rows_of(self._seat(sequence), first, end),
-            self._host_slots(sequence, first, end),
-        )
-        sequence.durable_len = end
+
+        def copy() -> None:
+            copy_rows(
+                self.cache.rows,
+                self.host.rows,
+                self._upload(self.cache.ring_rows_of(self._seat(sequence), first, end)),
+                self._host_slots(sequence, first, end),
+            )
+
+        self.backup.start(sequence, end, copy)
 
     def _preload(self, sequence: Sequence, seat: int) -> None:
         """A sequence that fits is resident whole; else its prompt's last top-k, if known."""
-        length = sequence.durable_len
+        length = sequence.backup_len
         host_rows = self.host.rows
         if length <= self.cache.hot_rows:
             self.cache.preload(seat, None, torch.arange(length, device=self._device), host_rows)
         elif self._warm_start:
             for group, positions in enumerate(sequence.warm_positions):
-                warm = sorted({p for p in positions if 0 <= p < length})[: self.cache.hot_rows]
-                self.cache.preload(seat, group, self._tensor(warm), host_rows)
+                warm = np.unique(np.asarray(positions, dtype=np.int64))
+                warm = warm[(warm >= 0) & (warm < length)][: self.cache.hot_rows]
+                self.cache.preload(seat, group, self._upload(torch.from_numpy(warm)), host_rows)
         sequence.warm_positions = ()
 
     def _free_seat(self, sequence: Sequence) -> None:

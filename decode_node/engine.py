@@ -8,8 +8,11 @@ and the unified node (deploy/unified.py, from a local prefill) call `try_admit`,
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 
 from ..common.clock import Clock
 from ..common.errors import InvariantError, RequestError, TidepoolError
@@ -25,12 +28,12 @@ from ..common.wire import (
     Tokens,
 )
 from ..model.model import Model
-from ..model.output import OutputRow, choose_tokens, has_stopped, no_token_error
+from ..model.output import OutputRow, has_stopped, no_token_error
 from ..transfer.fronts import FrontGone
-from .context import DecodeContext
 from .coordinator import HiSparseCoordinator
 from .scheduler import SeatScheduler
 from .sequence import RequestKey, Sequence, SequenceState
+from .step_runner import Launched, StepRunner
 
 MAX_FINISHED_RECORDS = 1024
 """Ended requests whose tokens can still be asked for again."""
@@ -41,30 +44,49 @@ Send = Callable[[str, AnyMessage], None]
 """send(node_id, message): to the live incarnation of that node, or dropped."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A launched step: each sequence with the index of the output token it fed."""
+
+    launched: Launched
+    fed: list[tuple[Sequence, int]]
+
+
 class DecodeEngine:
     """Step thread only, but for the constructor.
 
     Args:
         model: weights; shared with a prefill engine in the unified role.
         coordinator: pools, seats, hot cache, ledger.
+        runner: runs the steps.
         send: delivers a message to a front.
         park_after_tokens: see SeatScheduler.
+        is_overlapped: a step's results are read when the next one has been launched, so that
+            scheduling and sending run while the device computes; else at once.
     """
 
     def __init__(
         self,
         model: Model,
         coordinator: HiSparseCoordinator,
+        runner: StepRunner,
         *,
         send: Send,
         clock: Clock,
         park_after_tokens: int,
+        is_overlapped: bool,
     ) -> None:
         self._model = model
         self._coordinator = coordinator
+        self._runner = runner
+        self._is_overlapped = is_overlapped
+        self._in_flight: deque[_Step] = deque()
+        self._ending: set[RequestKey] = set()
         self._send = send
         self._clock = clock
-        self._scheduler = SeatScheduler(coordinator, park_after_tokens=park_after_tokens)
+        self._scheduler = SeatScheduler(
+            coordinator, park_after_tokens=park_after_tokens, settle=self._settle
+        )
         self._sequences: dict[RequestKey, Sequence] = {}
         self._finished: OrderedDict[RequestKey, tuple[list[OutputToken], Finish]] = OrderedDict()
         self.on_release: Callable[[Sequence], None] = lambda _: None
@@ -161,18 +183,15 @@ class DecodeEngine:
         return True
 
     def step(self) -> bool:
-        """Seats who can be seated and decodes one token for each running sequence."""
+        """Seats who can be seated and starts one step of every running sequence; reads the last."""
+        self._coordinator.backup.poll()
         self._scheduler.assign()
-        batch = list(self._scheduler.running)
-        if not batch:
-            return False
-        try:
-            self._decode(batch)
-        except InvariantError:
-            raise
-        except (TidepoolError, RuntimeError) as error:
-            self._fail_batch(batch, error)
-        return True
+        batch = [sequence for sequence in self._scheduler.running if sequence.can_step]
+        if batch:
+            self._guarded(batch, self._launch)
+        keep = 1 if batch and self._is_overlapped else 0
+        has_read = self._settle(keep)
+        return bool(batch) or has_read
 
     # Reading
 
@@ -213,6 +232,7 @@ class DecodeEngine:
             "output_tokens": self.num_tokens,
             "parks": self._scheduler.num_parks,
             "failed_requests": self.num_failed,
+            "steps_in_flight": len(self._in_flight),
             **self.extra_stats(),
         }
 
@@ -225,36 +245,64 @@ class DecodeEngine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._sequences
+        return not self._sequences and not self._in_flight and not self._ending
 
     # One step
 
-    def _decode(self, batch: list[Sequence]) -> None:
+    def _launch(self, batch: list[Sequence]) -> None:
         coordinator = self._coordinator
-        step = coordinator.prepare_step(batch)
-        context = DecodeContext(coordinator.cache, coordinator.host, coordinator.index, step)
-        hidden_TD = self._model.forward(step.token_ids_B, step.positions_B, context)
-        rows = [
-            OutputRow(sequence.sampling, sequence.kv_len + 1, len(sequence.output))
+        rows = [coordinator.seat_row(sequence) for sequence in batch]
+        outputs = [
+            OutputRow(sequence.sampling, sequence.kv_len + 1, sequence.next_index + 1)
             for sequence in batch
         ]
-        tokens = choose_tokens(
-            self._model.logits(hidden_TD), rows, self._model.config.eos_token_ids
-        )
-        faults = context.fault_B.tolist()
+        launched = self._runner.launch(rows, outputs)
         self.num_steps += 1
-        for sequence, token, fault in zip(batch, tokens, faults, strict=True):
-            if fault:
+        step = _Step(launched, [(sequence, sequence.next_index) for sequence in batch])
+        for sequence in batch:
+            sequence.kv_len += 1
+            sequence.in_flight += 1
+        self._in_flight.append(step)
+        coordinator.finish_step(batch)
+
+    def _settle(self, keep: int = 0) -> bool:
+        """Reads the results of all but the `keep` newest steps in flight; False if there were none."""
+        has_read = False
+        while len(self._in_flight) > keep:
+            step = self._in_flight.popleft()
+            sequences = [sequence for sequence, _ in step.fed]
+            self._guarded(sequences, lambda _, step=step: self._read(step))
+            has_read = True
+        return has_read
+
+    def _read(self, step: _Step) -> None:
+        """Appends the step's tokens; what a sequence did after its end is dropped."""
+        try:
+            results = step.launched.results()
+        finally:
+            for sequence, _ in step.fed:
+                sequence.in_flight -= 1
+        for (sequence, fed_index), (token, fault) in zip(step.fed, results, strict=True):
+            if sequence.has_ended:
+                self._release_ended(sequence)
+            elif fault:
                 self._fault(sequence, fault)
-                continue
-            if token.token_id < 0:
+            elif token.token_id < 0:
                 self.fail(sequence.key, no_token_error(), can_retry=True)
-                continue
-            sequence.tokens_since_seated += 1
-            self._append(sequence, token)
-        coordinator.finish_step(
-            [sequence for sequence in batch if sequence.state is SequenceState.RUNNING]
-        )
+            elif fed_index + 1 == len(sequence.output):
+                sequence.tokens_since_seated += 1
+                self._append(sequence, token)
+
+    def _guarded(self, batch: list[Sequence], run: Callable[[list[Sequence]], None]) -> None:
+        """A step that raises fails its sequences; the node goes on, unless its device is lost."""
+        try:
+            run(batch)
+        except InvariantError:
+            raise
+        except (TidepoolError, RuntimeError) as error:
+            self._fail_batch(batch, error)
+            if isinstance(error, torch.AcceleratorError):
+                raise
 
     def _append(self, sequence: Sequence, token: OutputToken) -> None:
         index = len(sequence.output)
@@ -283,12 +331,20 @@ class DecodeEngine:
     def _end(self, sequence: Sequence, state: SequenceState, finish: Finish) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.key]
+        sequence.advance(state)
         self._finished[sequence.key] = (sequence.output, finish)
         while len(self._finished) > MAX_FINISHED_RECORDS:
             self._finished.popitem(last=False)
-        self._coordinator.release_req(sequence, state)
-        self.on_release(sequence)
+        self._ending.add(sequence.key)
+        self._release_ended(sequence)
         self._send(sequence.front_id, finish)
+
+    def _release_ended(self, sequence: Sequence) -> None:
+        """Gives back what an ended sequence holds, once, when no step of it is in flight."""
+        if sequence.key in self._ending and not sequence.in_flight:
+            self._ending.remove(sequence.key)
+            self._coordinator.release_req(sequence)
+            self.on_release(sequence)
 
     def _resume(self, event: Resume) -> None:
         """Sends again what the front missed."""
@@ -320,6 +376,9 @@ class DecodeEngine:
         """A step that raised: its sequences fail, the node goes on with the others."""
         log.error("a decode step of %d sequences failed", len(batch), exc_info=error)
         for sequence in batch:
+            if sequence.has_ended:
+                self._release_ended(sequence)
+                continue
             reason = RequestError(
                 f"the decode step failed: {error}", status=500, code="step_failed"
             )

@@ -7,11 +7,16 @@ every layer (R = ring rows = two pages, H = hot rows):
     | hot slots: any position   | ring: newest rows, position p at H + p % R |
 
 Tables are kept once per index group (an indexer layer and the layers that share its top-k): all
-layers of a group hold the same positions in the same slots. `resolve` plans a step for a group,
-`copy` executes the plan for one layer of it.
+layers of a group hold the same positions in the same slots. `swap_in` plans a step for a group and
+starts the copies of all its layers on a stream of their own; `hot_idx` is where a layer's attention
+waits for them. Between the two the layer computes its queries.
 
-A sequence that fits its hot buffer is resident whole, position p in slot p, and never misses;
-`hot_rows` >= the longest context therefore is the resident baseline, with no second code path.
+A sequence that fits its hot buffer is resident whole, position p in slot p, and never misses. Where
+`hot_rows` >= the longest context that is true of all, and nothing is planned or copied: the resident
+baseline.
+
+Buffers of a step are allocated once, for as many rows as there are seats: a step can be captured in
+a CUDA graph.
 
 Always holds after a step: a position is in at most one slot; slot -> position and position -> slot
 agree; a miss can only be for a position under `durable_len`.
@@ -19,6 +24,7 @@ agree; a miss can only be for a position under `durable_len`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +33,7 @@ from torch import Tensor
 from ..common.errors import InvariantError
 from ..common.layouts import KvGeometry
 from ..kernels.copy_rows import copy_rows
-from ..kernels.resolve import resolve
-from ..kernels.swap_in import load_cache_to_device_buffer
+from ..kernels.swap_in import load_cache_to_device_buffer, swap_in
 from .hot_counters import HotCacheStats, HotCounters
 
 RING_PAGES = 2
@@ -70,6 +75,7 @@ class HotCache:
         ]
         self._counters = HotCounters(
             [len(layers) for layers in self._layers_of_group],
+            num_seats=num_seats,
             topk=topk,
             row_bytes=geometry.row.row_bytes,
             device=device,
@@ -85,27 +91,37 @@ class HotCache:
             device=device,
         )
         self.page_table_SP = table(num_seats, pages, fill=-1)
+        self.index_table_SP = table(num_seats, pages, fill=-1)
         self.ring_start_S = table(num_seats, fill=0)
         self.position_of_slot_GSH = table(groups, num_seats, hot_rows, fill=-1)
         self.slot_of_position_GSC = table(groups, num_seats, pages * geometry.page_size, fill=-1)
-        self._last_use_GSH = table(groups, num_seats, hot_rows, fill=0)
-        self._step_1 = table(1, fill=0)
-        self._plan: _Plan | None = None
+        self.last_use_GSH = table(groups, num_seats, hot_rows, fill=0)
+        self.step_1 = table(1, fill=0)
+        self.is_resident = hot_rows >= max_context
+        self._fault_GS = table(groups, num_seats, fill=0)
+        self._plan = _Plan.empty(num_seats, topk, device)
+        self._group: int | None = None
+        self._copies = _CopyStream(geometry.num_layers, device)
 
     @property
     def stats(self) -> HotCacheStats:
         """Any thread may read it; see hot_counters.py."""
         return self._counters.stats
 
-    def take_seat(self, seat: int, host_pages: list[int]) -> None:
-        """Empties the seat's tables and writes its host page table."""
+    def take_seat(self, seat: int, host_pages: list[int], index_pages: list[int]) -> None:
+        """Empties the seat's tables and writes its page tables."""
         self.position_of_slot_GSH[:, seat] = -1
         self.slot_of_position_GSC[:, seat] = -1
-        self._last_use_GSH[:, seat] = 0
-        self.page_table_SP[seat] = -1
-        self.page_table_SP[seat, : len(host_pages)] = torch.tensor(
-            host_pages, dtype=torch.int32, device=self.page_table_SP.device
-        )
+        self.last_use_GSH[:, seat] = 0
+        for table_SP, pages in (
+            (self.page_table_SP, host_pages),
+            (self.index_table_SP, index_pages),
+        ):
+            row_P = torch.full((table_SP.shape[1],), -1, dtype=torch.int32)
+            row_P[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            if table_SP.is_cuda:
+                row_P = row_P.pin_memory()
+            table_SP[seat].copy_(row_P, non_blocking=True)
 
     def preload(self, seat: int, group: int | None, positions: Tensor, host_rows: Tensor) -> None:
         """Copies rows host -> hot slots before the seat's first step.
@@ -135,86 +151,73 @@ class HotCache:
             self.position_of_slot_GSH[index, seat, :num_rows] = positions.to(torch.int32)
             self.slot_of_position_GSC[index, seat, positions] = slots
 
-    def begin_step(self, seats_B: Tensor, positions_B: Tensor, ring_starts: Tensor) -> Tensor:
-        """Prepares the tables for one new row a sequence.
+    def swap_in(
+        self, group: int, topk_idx_BK: Tensor, lens_B: Tensor, seats_B: Tensor, host_rows: Tensor
+    ) -> None:
+        """Plans the group's step and starts the copies of its layers' missing rows.
 
         Args:
-            seats_B, positions_B: int64 [B]; the row at `positions_B` is about to be stored.
-            ring_starts: int32 [B], oldest position the seat's ring will have.
+            topk_idx_BK: int32, selected positions, -1 = none; not changed before `hot_idx`.
+            lens_B: int64, sequence lengths, the newest token included.
+            seats_B: int64, seat of each batch row, -1 = padded.
+            host_rows: uint8 [L, slots, row_bytes] of the host pool.
 
-        Returns int64 [2, B]: device rows to store each new row in: its ring row, and its hot slot
-        while the sequence is resident whole (-1: none).
+        Faults (kernels/resolve.py) are gathered for `end_step`.
         """
-        self._step_1 += 1
-        self.ring_start_S[seats_B] = ring_starts
-        base_B = seats_B * self.seat_rows
-        ring_B = base_B + self.hot_rows + positions_B % self.ring_rows
-        is_whole_B = positions_B < self.hot_rows
-        hot_B = torch.where(is_whole_B, base_B + positions_B, -1)
-        # Written for all rows, with what stands there where the sequence is not resident whole: to
-        # pick those that are would mean to wait for the device.
-        slots_B = positions_B.clamp(max=self.hot_rows - 1)
-        for table, at_B, value in (
-            (self.position_of_slot_GSH, slots_B, positions_B.to(torch.int32)),
-            (self.slot_of_position_GSC, positions_B, positions_B.to(torch.int32)),
-            (self._last_use_GSH, slots_B, self._step_1),
-        ):
-            table[:, seats_B, at_B] = torch.where(is_whole_B, value, table[:, seats_B, at_B])
-        self._counters.begin_step(positions_B + 1)
-        return torch.stack((ring_B, hot_B))
-
-    def end_step(self) -> None:
-        """Counts the step; the last thing of it."""
-        self._counters.end_step()
-
-    def resolve(self, group: int, topk_idx_BK: Tensor, lens_B: Tensor, seats_B: Tensor) -> Tensor:
-        """Plans the group's step; returns fault flags int32 [B] (see kernels/resolve.py).
-
-        Args:
-            topk_idx_BK: int32, selected positions, -1 = none.
-            lens_B: sequence lengths, the newest token included.
-            seats_B: seat of each batch row, -1 = padded.
-        """
-        plan = _Plan.empty(group, topk_idx_BK, self._counters.num_misses_of(group))
-        fault_B = torch.zeros(topk_idx_BK.shape[0], dtype=torch.int32, device=topk_idx_BK.device)
-        resolve(
-            topk_idx_BK,
-            lens_B,
-            seats_B,
-            self.page_table_SP,
-            self.ring_start_S,
-            self.position_of_slot_GSH[group],
-            self.slot_of_position_GSC[group],
-            self._last_use_GSH[group],
-            self._step_1,
-            plan.hot_idx_BK,
-            plan.miss_host_slot_BK,
-            plan.miss_device_row_BK,
-            plan.num_misses_B,
-            fault_B,
-            self.geometry.page_size,
-            self.ring_rows,
+        self._group = group
+        batch = topk_idx_BK.shape[0]
+        hot_idx_BK = self._plan.hot_idx_SK[:batch]
+        if self.is_resident:
+            base_B1 = (seats_B * self.seat_rows).to(torch.int32)[:, None]
+            hot_idx_BK.copy_(torch.where(topk_idx_BK >= 0, topk_idx_BK + base_B1, -1))
+            return
+        first, *others = self._layers_of_group[group]
+        num_misses_B = self._counters.num_misses_of(group, batch)
+        misses = (
+            self._plan.miss_host_slot_SK[:batch],
+            self._plan.miss_device_row_SK[:batch],
+            num_misses_B,
         )
-        self._plan = plan
-        return fault_B
+        with self._copies.fork():
+            swap_in(
+                topk_idx_BK,
+                lens_B,
+                seats_B,
+                self.page_table_SP,
+                self.ring_start_S,
+                self.position_of_slot_GSH[group],
+                self.slot_of_position_GSC[group],
+                self.last_use_GSH[group],
+                self.step_1,
+                hot_idx_BK,
+                *misses,
+                self._fault_GS[group, :batch],
+                host_rows[first],
+                self.rows[first],
+                self.geometry.page_size,
+                self.ring_rows,
+            )
+            self._copies.done(first)
+            for layer in others:
+                load_cache_to_device_buffer(host_rows[layer], self.rows[layer], *misses)
+                self._copies.done(layer)
 
-    def copy(self, layer: int, host_rows: Tensor) -> Tensor:
-        """Swaps in one layer's misses of the newest plan; returns `hot_idx_BK` for attention."""
-        plan = self._plan
-        if plan is None or plan.group != self._group_of_layer[layer]:
+    def hot_idx(self, layer: int, batch: int) -> Tensor:
+        """Device rows of the newest selection, int32 [B, K]; work behind it finds the layer's rows."""
+        if self._group_of_layer[layer] != self._group:
             raise InvariantError(f"layer {layer} has no plan of its index group")
-        load_cache_to_device_buffer(
-            host_rows[layer],
-            self.rows[layer],
-            plan.miss_host_slot_BK,
-            plan.miss_device_row_BK,
-            plan.num_misses_B,
-        )
-        return plan.hot_idx_BK
+        if not self.is_resident:
+            self._copies.join(layer)
+        return self._plan.hot_idx_SK[:batch]
+
+    def end_step(self, lens_B: Tensor) -> Tensor:
+        """Counts the step; returns each row's fault flags, int32 [B] (the gravest group's)."""
+        self._counters.end_step(lens_B)
+        return self._fault_GS[:, : lens_B.shape[0]].amax(0)
 
     def ring_rows_of(self, seat: int, first: int, end: int) -> Tensor:
-        """Device rows (int64) of positions [first, end) in the seat's ring."""
-        positions = torch.arange(first, end, device=self.rows.device)
+        """Device rows (int64, on the CPU) of positions [first, end) in the seat's ring."""
+        positions = torch.arange(first, end)
         return seat * self.seat_rows + self.hot_rows + positions % self.ring_rows
 
     def num_resident(self) -> int:
@@ -238,19 +241,48 @@ class HotCache:
                     raise InvariantError(f"group {group} seat {seat}: a position is resident twice")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Plan:
-    """Result of `resolve` for one group; see kernels/resolve.py for the tensors."""
+    """Result of `swap_in` for the newest group; see kernels/resolve.py for the tensors."""
 
-    group: int
-    hot_idx_BK: Tensor
-    miss_host_slot_BK: Tensor
-    miss_device_row_BK: Tensor
-    num_misses_B: Tensor
+    hot_idx_SK: Tensor
+    miss_host_slot_SK: Tensor
+    miss_device_row_SK: Tensor
 
     @classmethod
-    def empty(cls, group: int, topk_idx_BK: Tensor, num_misses_B: Tensor) -> _Plan:
-        def like(dtype: torch.dtype) -> Tensor:
-            return torch.full_like(topk_idx_BK, -1, dtype=dtype)
+    def empty(cls, num_seats: int, topk: int, device: torch.device) -> _Plan:
+        def table(dtype: torch.dtype) -> Tensor:
+            return torch.full((num_seats, topk), -1, dtype=dtype, device=device)
 
-        return cls(group, like(torch.int32), like(torch.int64), like(torch.int64), num_misses_B)
+        return cls(table(torch.int32), table(torch.int64), table(torch.int64))
+
+
+class _CopyStream:
+    """Copies beside the layers' own work; on the CPU they run where they are called.
+
+    Captured in a graph, `fork`, `done` and `join` become edges of it.
+    """
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._done_L: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)
+            self._done_L = [torch.cuda.Event() for _ in range(num_layers)]
+
+    def fork(self) -> AbstractContextManager[object]:
+        """What is launched inside runs behind all work so far and beside what follows."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        return torch.cuda.stream(self._stream)
+
+    def done(self, layer: int) -> None:
+        """Everything that `layer` waits for has been launched."""
+        if self._stream is not None:
+            self._done_L[layer].record(self._stream)
+
+    def join(self, layer: int) -> None:
+        """What is launched from now on runs behind the layer's copy."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._done_L[layer])

@@ -26,7 +26,13 @@ class HotCounters:
     """Args: `layers_of_group`, how many layers share each index group's plan; `row_bytes` of a row."""
 
     def __init__(
-        self, layers_of_group: list[int], *, topk: int, row_bytes: int, device: torch.device
+        self,
+        layers_of_group: list[int],
+        *,
+        num_seats: int,
+        topk: int,
+        row_bytes: int,
+        device: torch.device,
     ) -> None:
         self._layers_G = torch.tensor(layers_of_group, dtype=torch.int64, device=device)
         self._topk = topk
@@ -35,22 +41,17 @@ class HotCounters:
         self._published_3 = self._totals_3
         if device.type == "cuda":
             self._published_3 = torch.zeros(3, dtype=torch.int64, pin_memory=True)
-        self._lens_B = torch.zeros(0, dtype=torch.int64, device=device)
-        self._num_misses_GB = self._start(0)
+        groups = len(layers_of_group)
+        self._num_misses_GS = torch.zeros((groups, num_seats), dtype=torch.int32, device=device)
 
-    def begin_step(self, lens_B: Tensor) -> None:
-        """A step of B sequences of these lengths (int64) begins."""
-        self._lens_B = lens_B
-        self._num_misses_GB = self._start(lens_B.shape[0])
+    def num_misses_of(self, group: int, batch: int) -> Tensor:
+        """int32 [B] of this step, to be written by `swap_in`; all groups' are counted at its end."""
+        return self._num_misses_GS[group, :batch]
 
-    def num_misses_of(self, group: int) -> Tensor:
-        """int32 [B] of this step, to be written by `resolve`; all groups' are counted at its end."""
-        return self._num_misses_GB[group]
-
-    def end_step(self) -> None:
-        """Adds the step and sends the sums on their way to whoever reads them."""
-        misses_G = self._num_misses_GB.sum(1)
-        num_selected = self._lens_B.clamp(max=self._topk).sum() * misses_G.shape[0]
+    def end_step(self, lens_B: Tensor) -> None:
+        """Adds a step of B sequences of these lengths (int64; 0: padded)."""
+        misses_G = self._num_misses_GS[:, : lens_B.shape[0]].sum(1)
+        num_selected = lens_B.clamp(max=self._topk).sum() * misses_G.shape[0]
         self._totals_3 += torch.stack(
             (num_selected, misses_G.sum(), (misses_G * self._layers_G).sum())
         )
@@ -61,7 +62,3 @@ class HotCounters:
     def stats(self) -> HotCacheStats:
         selected, misses, rows = self._published_3.tolist()
         return HotCacheStats(selected - misses, misses, rows, rows * self._row_bytes)
-
-    def _start(self, batch: int) -> Tensor:
-        shape = (self._layers_G.shape[0], batch)
-        return torch.zeros(shape, dtype=torch.int32, device=self._layers_G.device)

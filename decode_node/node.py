@@ -21,9 +21,8 @@ from ..transfer.mover import Mover
 from ..transfer.node import Auditor, Node
 from ..transfer.transport import Transport
 from ..transfer.transports import has_checksums, make_transport
-from .build import build_coordinator, max_context
+from .build import build_coordinator, build_engine, max_context
 from .coordinator import HiSparseCoordinator
-from .engine import DecodeEngine
 from .receiver import Receiver
 
 
@@ -97,13 +96,7 @@ def build_node(
         num_receiving=lambda: importer.num_receiving,
         clock=clock,
     )
-    decode = DecodeEngine(
-        runtime.model,
-        coordinator,
-        send=control.send,
-        clock=clock,
-        park_after_tokens=config.decode.park_after_tokens,
-    )
+    decode = build_engine(config, runtime.model, coordinator, send=control.send, clock=clock)
     receiver = Receiver(
         importer,
         decode,

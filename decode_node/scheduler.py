@@ -8,15 +8,30 @@ running one must have had its seat for `park_after_tokens` tokens, so that seats
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .coordinator import HiSparseCoordinator
 from .sequence import Sequence, SequenceState
 
 
 class SeatScheduler:
-    """Step thread only."""
+    """Step thread only.
 
-    def __init__(self, coordinator: HiSparseCoordinator, *, park_after_tokens: int) -> None:
+    Args:
+        coordinator: who gives and takes seats.
+        park_after_tokens: tokens a sequence may keep its seat for.
+        settle: waits for the steps in flight; called before a sequence of theirs is parked.
+    """
+
+    def __init__(
+        self,
+        coordinator: HiSparseCoordinator,
+        *,
+        park_after_tokens: int,
+        settle: Callable[[], None],
+    ) -> None:
         self._coordinator = coordinator
+        self._settle = settle
         self._park_after_tokens = park_after_tokens
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
@@ -36,18 +51,30 @@ class SeatScheduler:
         """Seats whom it can; parks at most one sequence for each waiting one."""
         self.waiting.sort(key=lambda sequence: sequence.arrival_s)
         for waiter in list(self.waiting):
-            if self._coordinator.try_seat(waiter):
-                self._run(waiter)
-                continue
+            if waiter in self.waiting and not self._try_run(waiter):
+                self._make_room(waiter)
+
+    def _make_room(self, waiter: Sequence) -> None:
+        """Parks somebody for `waiter`, if there is one who must yield."""
+        victim = self._victim(waiter)
+        if victim is not None and victim.in_flight:
+            self._settle()  # their tokens may end sequences, and free seats
+            if waiter not in self.waiting or self._try_run(waiter):
+                return
             victim = self._victim(waiter)
-            if victim is None:
-                continue
-            self._coordinator.retract_req(victim)
-            self.running.remove(victim)
-            self.waiting.append(victim)
-            self.num_parks += 1
-            if self._coordinator.try_seat(waiter):
-                self._run(waiter)
+        if victim is None:
+            return
+        self._coordinator.retract_req(victim)
+        self.running.remove(victim)
+        self.waiting.append(victim)
+        self.num_parks += 1
+        self._try_run(waiter)
+
+    def _try_run(self, waiter: Sequence) -> bool:
+        if not self._coordinator.try_seat(waiter):
+            return False
+        self._run(waiter)
+        return True
 
     def _run(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)

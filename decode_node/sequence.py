@@ -4,11 +4,15 @@
     RESERVED -> STAGING   -> READY                            (unified role: a local prefill)
     any state before the end -> FINISHED | FAILED
 
-Positions and who has their rows (`kv_len` rows exist):
+Positions and who has their rows (`kv_len` rows exist or are being computed):
 
-    0 ............ durable_len ............ kv_len
-    | host page    | ring of the seat       | not computed yet
-      (final bytes)  (newest rows)
+    0 ......... durable_len ......... backup_len ......... kv_len
+    | host page   | on its way there,   | ring of the seat   | not computed yet
+      (final bytes)  and in the ring      (newest rows)
+
+Output token i stands at position num_prompt_tokens + i; the newest one has no row yet. A step feeds
+position `kv_len` and its result is known a step later, so up to two steps of a sequence may be in
+flight. A sequence that ends meanwhile keeps its pages and its seat until none is.
 
 READY and PARKED hold host and index pages and no seat; RUNNING holds a seat too.
 """
@@ -57,7 +61,10 @@ class Sequence:
 
     Attributes:
         host_lease, index_lease: pages in order of position, growth to max_tokens included.
+        kv_len: positions fed to the model, steps in flight included.
+        in_flight: steps launched for it whose results are not known.
         durable_len: positions below it are final in host pages.
+        backup_len: positions below it are final there or on their way, in the order of the stream.
         seat: hot buffer it holds, while RUNNING.
         admit_len: `durable_len` when it took its seat; the ring has nothing older.
         warm_positions: per index group, rows to load when it takes its first seat.
@@ -73,7 +80,10 @@ class Sequence:
     state: SequenceState = SequenceState.RESERVED
     lease_id: int | None = None
     output: list[OutputToken] = field(default_factory=list)
+    kv_len: int = 0
+    in_flight: int = 0
     durable_len: int = 0
+    backup_len: int = 0
     seat: int | None = None
     admit_len: int = 0
     tokens_since_seated: int = 0
@@ -92,9 +102,14 @@ class Sequence:
         return self.state is SequenceState.STAGING
 
     @property
-    def kv_len(self) -> int:
-        """Positions whose rows exist; the newest output token has none yet."""
-        return self.num_prompt_tokens + max(0, len(self.output) - 1)
+    def next_index(self) -> int:
+        """Index of the output token that the next step feeds; it may still be in flight."""
+        return self.kv_len - self.num_prompt_tokens
+
+    @property
+    def can_step(self) -> bool:
+        """Whether one more token is wanted than those known and those in flight."""
+        return not self.has_ended and self.next_index + 1 < self.sampling.max_tokens
 
     @property
     def max_len(self) -> int:

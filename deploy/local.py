@@ -38,8 +38,11 @@ class LocalNode:
         self.clock = FakeClock()
         geometry, device = self.runtime.geometry, self.runtime.device
         self.pool = prefill_build.build_pool(config, geometry, device)
+        coordinator = decode_build.build_coordinator(
+            config, self.runtime.model.config, geometry, device
+        )
         self.decode = decode_build.build_engine(
-            config, self.runtime.model, geometry, device, send=self._send, clock=self.clock
+            config, self.runtime.model, coordinator, send=self._send, clock=self.clock
         )
         self.handoff = LocalHandoff(self.decode, self.pool, self.inbox.append)
         self.prefill = prefill_build.build_engine(

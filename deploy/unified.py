@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ..common.clock import MonotonicClock
 from ..common.config import Config
@@ -18,6 +19,7 @@ from ..common.wire import OutputToken
 from ..decode_node import build as decode_build
 from ..decode_node.build import max_context
 from ..decode_node.engine import DecodeEngine
+from ..decode_node.sequence import Sequence
 from ..hostpool.device_pool import DevicePool
 from ..model.runtime import load_runtime
 from ..prefill_node import build as prefill_build
@@ -30,6 +32,15 @@ from ..transfer.fronts import FrontHandler
 from ..transfer.node import Auditor, Node, total_load
 
 OnFatal = Callable[[BaseException], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A prompt whose pages are on their way to the host."""
+
+    sequence: Sequence
+    first_token: OutputToken
+    warm_positions: tuple[tuple[int, ...], ...]
 
 
 class LocalHandoff:
@@ -48,6 +59,7 @@ class LocalHandoff:
         self._pool = pool
         self._post = post
         self._deferred: list[Job] = []
+        self._staged: list[_Staged] = []
 
     # prefill_node.handoff.Handoff
 
@@ -62,15 +74,18 @@ class LocalHandoff:
         self, job: Job, first_token: OutputToken, warm_positions: tuple[tuple[int, ...], ...]
     ) -> None:
         sequence = self._decode.find(job.key)
-        if sequence is not None:
-            self._decode.coordinator.admit_request_into_staging(sequence, self._pool, job.pages)
-            self._decode.make_ready(sequence, first_token, warm_positions)
-        self._post(HandoffReleased(job.key, is_quarantined=False))
+        if sequence is None:
+            self._post(HandoffReleased(job.key, is_quarantined=False))
+            return
+        self._decode.coordinator.admit_request_into_staging(sequence, self._pool, job.pages)
+        self._staged.append(_Staged(sequence, first_token, warm_positions))
+        self._finish_staged()
 
     def cancel(self, job: Job, reason: str) -> None:
         if job in self._deferred:
             self._deferred.remove(job)
         self._decode.cancel(job.key)
+        self._staged = [staged for staged in self._staged if staged.sequence.key != job.key]
         self._post(HandoffReleased(job.key, is_quarantined=False))
 
     # common.step_loop.Engine
@@ -79,10 +94,24 @@ class LocalHandoff:
         return False
 
     def step(self) -> bool:
-        """Tries deferred prompts again, oldest first; a prompt never overtakes another."""
+        """Sends on what has been staged; tries deferred prompts again, oldest first."""
+        self._finish_staged()
         while self._deferred and self._try_admit(self._deferred[0]):
             self._deferred.pop(0)
-        return False
+        return bool(self._staged)
+
+    def _finish_staged(self) -> None:
+        """A prompt whose pages are all on the host decodes; its device pages are free."""
+        still_staged = []
+        for staged in self._staged:
+            sequence = staged.sequence
+            if not sequence.has_ended and sequence.durable_len < sequence.num_prompt_tokens:
+                still_staged.append(staged)
+                continue
+            if not sequence.has_ended:
+                self._decode.make_ready(sequence, staged.first_token, staged.warm_positions)
+            self._post(HandoffReleased(sequence.key, is_quarantined=False))
+        self._staged = still_staged
 
     def _try_admit(self, job: Job) -> bool:
         submit = job.submit
@@ -117,8 +146,11 @@ def build_node(config: Config, *, node_id: str, bind_host: str, on_fatal: OnFata
         keys=cluster_keys(config.cluster),
     )
     pool = build_pool(config, runtime.geometry, runtime.device)
+    coordinator = decode_build.build_coordinator(
+        config, runtime.model.config, runtime.geometry, runtime.device
+    )
     decode = decode_build.build_engine(
-        config, runtime.model, runtime.geometry, runtime.device, send=control.send, clock=clock
+        config, runtime.model, coordinator, send=control.send, clock=clock
     )
     engines: list[Engine] = []
     step_loop = StepLoop(f"step-{node_id}", engines, on_fatal)

@@ -22,6 +22,7 @@ def _later(module: str, name: str) -> Callable[..., None]:
     return call
 
 
+begin_step = _later("triton_begin_step", "begin_step")
 copy_rows = _later("cuda_rows", "copy_rows")
 store_index_keys = _later("cuda_rows", "store_index_keys")
 store_rows = _later("cuda_rows", "store_rows")

@@ -68,7 +68,7 @@ class OutputBuffers:
         self.top_ids_BK = torch.full((max_batch, max_top), -1, dtype=torch.int32, device=device)
         self._lengths_B = torch.full((max_batch,), vocab_size, dtype=torch.int32, device=device)
         self._num_top = max_top
-        self._slots = [_Slot(self, is_cuda=is_cuda) for _ in range(_NUM_SLOTS if is_cuda else 1)]
+        self._slots = [_Slot(self, is_cuda=is_cuda) for _ in range(_NUM_SLOTS)]
         self._next_slot = 0
 
     def write_logprobs(self, logits_BV: Tensor, token_B: Tensor) -> None:

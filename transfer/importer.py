@@ -35,8 +35,8 @@ from .inbound import (
     WriterFenced,
     WriterUp,
 )
-from .jobs import VerifyJob
-from .pages import expand, layer_parts
+from .mover import VerifyJob
+from .pages import expand, page_segments
 from .session import Control, Peer
 
 MAX_REMEMBERED_KEYS = 65536
@@ -182,14 +182,7 @@ class Importer:
             self._post_event(LeaseEnded(grant.lease_id))
             return
         pages = {"kv": expand(grant.kv_runs), "index": expand(grant.index_runs)}
-        num_checksums = sum(region.num_layers for region in self._regions.values())
-        machine = Inbound(
-            grant,
-            num_pages,
-            num_checksums if self._has_checksums else 0,
-            self._config,
-            self._control.clock,
-        )
+        machine = Inbound(grant, num_pages, self._has_checksums, self._config, self._control.clock)
         lease = _Lease(machine, peer, pages)
         self._leases[grant.lease_id] = self._by_key[key] = lease
         for action in machine.begin():
@@ -358,15 +351,20 @@ class Importer:
             self._post_event(action.event)
 
     def _start_verify(self, lease: _Lease, action: StartVerify) -> None:
-        first, end = action.first_page, action.first_page + action.num_pages
-        parts = layer_parts(
-            [(region, lease.pages[name][first:end]) for name, region in self._regions.items()]
-        )
+        parts = [(self._regions[name], lease.pages[name]) for name in self._regions]
+        pages = [
+            [
+                segment
+                for region, ids in parts
+                for segment in page_segments(region, ids[action.first_page + offset])
+            ]
+            for offset in range(action.num_pages)
+        ]
         on_end = partial(self._on_verify_end, lease, action.sequence, action.tries)
         self._mover.verify(
             VerifyJob(
                 owner=(lease.machine.lease_id, "verify"),
-                parts=parts,
+                pages=pages,
                 expected=action.checksums,
                 on_end=on_end,
             )

@@ -39,7 +39,7 @@ from .events import (
     ExportRequest,
     ExportUnquarantined,
 )
-from .jobs import WriteResult
+from .mover import WriteResult
 from .transport import TicketStatus
 
 

@@ -12,12 +12,18 @@ from helpers.engines import UnifiedHarness
 from helpers.tiny_models import INDEX_TOPK, VETTED_SEEDS, prompt, session_checkpoint
 
 SEED = VETTED_SEEDS["glm52"][0]
-HOT = {"decode.hot_rows": INDEX_TOPK, "kv.page_size": 4}
+HOT: dict[str, Any] = {"decode.hot_rows": INDEX_TOPK, "kv.page_size": 4}
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return session_checkpoint(tmp_path_factory, "glm52", SEED)
+
+
+@pytest.fixture(autouse=True, params=["off", "on"])
+def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds too when a step's tokens are read after the next one was launched."""
+    monkeypatch.setitem(HOT, "decode.overlap", request.param)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
