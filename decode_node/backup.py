@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from ..common.errors import InvariantError
+from ..hostpool.side_stream import Mark, SideStream
 from .sequence import Sequence
 
 
@@ -22,48 +22,36 @@ class Backup:
     """Step thread only. `device`: where the rows come from."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending: deque[tuple[torch.cuda.Event, Sequence, int]] = deque()
+        self._side = SideStream(device)
+        self._pending: deque[tuple[Mark, Sequence, int]] = deque()
         self.on_durable: Callable[[Sequence], None] = lambda _: None
 
     def start(self, sequence: Sequence, end: int, copy: Callable[[], None]) -> None:
         """Runs `copy`, which copies rows [backup_len, end), behind all work queued so far."""
-        with self._on_stream():
+        with self._side.fork():
             copy()
         sequence.backup_len = end
-        if self._stream is None:
-            self._arrived(sequence, end)
-            return
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        self._pending.append((event, sequence, end))
+        self._pending.append((self._side.mark(), sequence, end))
+        self.poll()
 
     def poll(self) -> None:
         """Moves `durable_len` of the sequences whose copies have ended."""
-        while self._pending and self._pending[0][0].query():
-            _, sequence, end = self._pending.popleft()
-            self._arrived(sequence, end)
+        while self._pending and self._pending[0][0].has_passed():
+            self._arrived()
 
     def wait(self, sequence: Sequence) -> None:
         """Returns when no copy of this sequence is under way; the host waits."""
         while sequence.durable_len < sequence.backup_len:
             if not self._pending:
                 raise InvariantError(f"{sequence.key}: a backup was lost")
-            event, other, end = self._pending.popleft()
-            event.synchronize()
-            self._arrived(other, end)
+            self._pending[0][0].wait()
+            self._arrived()
 
     def order(self) -> None:
         """Work queued from now on runs behind all copies started so far; the host does not wait."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._side.join()
 
-    def _on_stream(self) -> AbstractContextManager[object]:
-        if self._stream is None:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        return torch.cuda.stream(self._stream)
-
-    def _arrived(self, sequence: Sequence, end: int) -> None:
+    def _arrived(self) -> None:
+        _, sequence, end = self._pending.popleft()
         sequence.durable_len = end
         self.on_durable(sequence)

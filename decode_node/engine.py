@@ -11,6 +11,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -188,9 +189,10 @@ class DecodeEngine:
         self._scheduler.assign()
         batch = [sequence for sequence in self._scheduler.running if sequence.can_step]
         if batch:
-            self._guarded(batch, self._launch)
+            self._guarded(batch, partial(self._launch, batch))
         keep = 1 if batch and self._is_overlapped else 0
-        has_read = self._settle(keep)
+        has_read = len(self._in_flight) > keep
+        self._settle(keep)
         return bool(batch) or has_read
 
     # Reading
@@ -265,15 +267,11 @@ class DecodeEngine:
         self._in_flight.append(step)
         coordinator.finish_step(batch)
 
-    def _settle(self, keep: int = 0) -> bool:
-        """Reads the results of all but the `keep` newest steps in flight; False if there were none."""
-        has_read = False
+    def _settle(self, keep: int = 0) -> None:
+        """Reads the results of all but the `keep` newest steps in flight."""
         while len(self._in_flight) > keep:
             step = self._in_flight.popleft()
-            sequences = [sequence for sequence, _ in step.fed]
-            self._guarded(sequences, lambda _, step=step: self._read(step))
-            has_read = True
-        return has_read
+            self._guarded([sequence for sequence, _ in step.fed], partial(self._read, step))
 
     def _read(self, step: _Step) -> None:
         """Appends the step's tokens; what a sequence did after its end is dropped."""
@@ -293,10 +291,10 @@ class DecodeEngine:
                 sequence.tokens_since_seated += 1
                 self._append(sequence, token)
 
-    def _guarded(self, batch: list[Sequence], run: Callable[[list[Sequence]], None]) -> None:
+    def _guarded(self, batch: list[Sequence], run: Callable[[], None]) -> None:
         """A step that raises fails its sequences; the node goes on, unless its device is lost."""
         try:
-            run(batch)
+            run()
         except InvariantError:
             raise
         except (TidepoolError, RuntimeError) as error:

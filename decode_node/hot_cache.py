@@ -24,7 +24,6 @@ agree; a miss can only be for a position under `durable_len`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from ..common.errors import InvariantError
 from ..common.layouts import KvGeometry
+from ..hostpool.side_stream import Mark, SideStream
 from ..kernels.copy_rows import copy_rows
 from ..kernels.swap_in import load_cache_to_device_buffer, swap_in
 from .hot_counters import HotCacheStats, HotCounters
@@ -101,7 +101,8 @@ class HotCache:
         self._fault_GS = table(groups, num_seats, fill=0)
         self._plan = _Plan.empty(num_seats, topk, device)
         self._group: int | None = None
-        self._copies = _CopyStream(geometry.num_layers, device)
+        self._side = SideStream(device, is_urgent=True)
+        self._copied_L: list[Mark] = [self._side.mark()] * geometry.num_layers
 
     @property
     def stats(self) -> HotCacheStats:
@@ -178,7 +179,7 @@ class HotCache:
             self._plan.miss_device_row_SK[:batch],
             num_misses_B,
         )
-        with self._copies.fork():
+        with self._side.fork():
             swap_in(
                 topk_idx_BK,
                 lens_B,
@@ -197,17 +198,17 @@ class HotCache:
                 self.geometry.page_size,
                 self.ring_rows,
             )
-            self._copies.done(first)
+            self._copied_L[first] = self._side.mark()
             for layer in others:
                 load_cache_to_device_buffer(host_rows[layer], self.rows[layer], *misses)
-                self._copies.done(layer)
+                self._copied_L[layer] = self._side.mark()
 
     def hot_idx(self, layer: int, batch: int) -> Tensor:
         """Device rows of the newest selection, int32 [B, K]; work behind it finds the layer's rows."""
         if self._group_of_layer[layer] != self._group:
             raise InvariantError(f"layer {layer} has no plan of its index group")
         if not self.is_resident:
-            self._copies.join(layer)
+            self._copied_L[layer].join()
         return self._plan.hot_idx_SK[:batch]
 
     def end_step(self, lens_B: Tensor) -> Tensor:
@@ -255,34 +256,3 @@ class _Plan:
             return torch.full((num_seats, topk), -1, dtype=dtype, device=device)
 
         return cls(table(torch.int32), table(torch.int64), table(torch.int64))
-
-
-class _CopyStream:
-    """Copies beside the layers' own work; on the CPU they run where they are called.
-
-    Captured in a graph, `fork`, `done` and `join` become edges of it.
-    """
-
-    def __init__(self, num_layers: int, device: torch.device) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._done_L: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority=-1)
-            self._done_L = [torch.cuda.Event() for _ in range(num_layers)]
-
-    def fork(self) -> AbstractContextManager[object]:
-        """What is launched inside runs behind all work so far and beside what follows."""
-        if self._stream is None:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        return torch.cuda.stream(self._stream)
-
-    def done(self, layer: int) -> None:
-        """Everything that `layer` waits for has been launched."""
-        if self._stream is not None:
-            self._done_L[layer].record(self._stream)
-
-    def join(self, layer: int) -> None:
-        """What is launched from now on runs behind the layer's copy."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._done_L[layer])

@@ -23,6 +23,7 @@ import torch
 from ..common.wire import OutputToken
 from ..hostpool.index_pool import IndexPool
 from ..hostpool.pool import HostPool
+from ..hostpool.side_stream import SideStream
 from ..kernels.begin_step import SEAT, begin_step
 from ..model.context import AttentionContext
 from ..model.model import Model
@@ -217,11 +218,10 @@ class StepRunner:
 
     def _take_graph(self, run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
         """One warm-up, in which kernels are built, then the graph of the same."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        side = SideStream(self.device)
+        with side.fork():
             run()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        side.join()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             run()

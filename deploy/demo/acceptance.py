@@ -139,6 +139,7 @@ class Acceptance:
 
         def stage_and_overwrite(sequence: Sequence, source: Any, source_pages: list[int]) -> None:
             stage(sequence, source, source_pages)
+            coordinator.backup.wait(sequence)
             if sequence.key[0] == "0":
                 pages = sequence.host_lease.pages
                 _overwrite(coordinator.host.rows, pages, coordinator.host.page_size, prompts[0])
