@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .context import AttentionContext
-from .layers import layer_norm
+from .layers import Matrix, layer_norm, linear
 from .rope import apply_rope_
 from .weights import Weights
 
@@ -64,9 +64,9 @@ class Indexer:
     rope_dim: int
     is_interleaved: bool
     compiled_gates: bool
-    query_weight: Tensor
+    query_weight: Matrix
     """[I * D, Q]"""
-    key_weight_DM: Tensor
+    key_weight_DM: Matrix
     key_norm_weight_D: Tensor
     key_norm_bias_D: Tensor
     gate_weight_IM: Tensor
@@ -82,8 +82,8 @@ class Indexer:
             rope_dim=config.qk_rope_head_dim,
             is_interleaved=config.indexer_rope_interleave,
             compiled_gates=compiled_gates,
-            query_weight=weights.get(prefix + "wq_b.weight"),
-            key_weight_DM=weights.get(prefix + "wk.weight"),
+            query_weight=weights.matrix(prefix + "wq_b.weight"),
+            key_weight_DM=weights.matrix(prefix + "wk.weight"),
             key_norm_weight_D=weights.get(prefix + "k_norm.weight", torch.float32),
             key_norm_bias_D=weights.get(prefix + "k_norm.bias", torch.float32),
             gate_weight_IM=weights.get(prefix + "weights_proj.weight", torch.float32),
@@ -98,8 +98,8 @@ class Indexer:
         context: AttentionContext,
     ) -> None:
         """Stores the pass's keys and lets `context` select; `x_TM` is the normed layer input."""
-        query_TID = F.linear(q_latent_TQ, self.query_weight).unflatten(-1, (self.num_heads, -1))
-        key_TD = F.linear(x_TM, self.key_weight_DM)
+        query_TID = linear(q_latent_TQ, self.query_weight).unflatten(-1, (self.num_heads, -1))
+        key_TD = linear(x_TM, self.key_weight_DM)
         key_TD = layer_norm(key_TD, self.key_norm_weight_D, self.key_norm_bias_D, K_NORM_EPS)
         for roped in (query_TID[..., : self.rope_dim], key_TD[..., : self.rope_dim]):
             apply_rope_(roped, cos_TF, sin_TF, interleaved=self.is_interleaved)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.block_fp8 import block_fp8_linear
+
 
 def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float) -> Tensor:
     """RMSNorm in float32; cast back before the weight, as the reference models do."""
@@ -32,13 +34,36 @@ def linear_fp32(x_TM: Tensor, weight_XM: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockFp8:
+    """A matrix as an FP8 checkpoint stores it: weight * its 128x128 block's scale."""
+
+    weight_OI: Tensor
+    """float8_e4m3fn"""
+    scale_PQ: Tensor
+    """float32 [ceil(O / 128), ceil(I / 128)]"""
+
+
+Matrix = Tensor | BlockFp8
+"""Weight of a projection, [output width, input width]."""
+
+
+def linear(x_TX: Tensor, weight: Matrix) -> Tensor:
+    """x @ weight.T in x's dtype."""
+    if isinstance(weight, Tensor):
+        return F.linear(x_TX, weight)
+    out = x_TX.new_empty(x_TX.shape[0], weight.weight_OI.shape[0])
+    block_fp8_linear(x_TX, weight.weight_OI, weight.scale_PQ, out)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
 class GatedMlp:
     """SwiGLU: down(silu(gate x) * up x); gate and up are one matrix."""
 
-    gate_up_FM: Tensor
+    gate_up_FM: Matrix
     """[2F, M]: gate rows, then up rows."""
-    down_MF: Tensor
+    down_MF: Matrix
 
     def __call__(self, x_TM: Tensor) -> Tensor:
-        gate_TF, up_TF = F.linear(x_TM, self.gate_up_FM).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_TF) * up_TF, self.down_MF)
+        gate_TF, up_TF = linear(x_TM, self.gate_up_FM).chunk(2, dim=-1)
+        return linear(F.silu(gate_TF) * up_TF, self.down_MF)

@@ -16,13 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ModelConfig
 from .context import AttentionContext
 from .indexer import Indexer
-from .layers import rms_norm
+from .layers import Matrix, linear, rms_norm
 from .rope import apply_rope_
 from .weights import Weights
 
@@ -38,16 +37,16 @@ class LatentAttention:
     nope_dim: int
     norm_eps: float
     scale: float
-    q_a_QM: Tensor
+    q_a_QM: Matrix
     q_norm_Q: Tensor
-    q_b: Tensor
+    q_b: Matrix
     """[H * (N + R), Q]"""
-    kv_a: Tensor
+    kv_a: Matrix
     """[C + R, M]"""
     kv_norm_C: Tensor
     up_key_HNC: Tensor
     up_value_HVC: Tensor
-    out: Tensor
+    out: Matrix
     """[M, H * V]"""
     indexer: Indexer | None
 
@@ -70,14 +69,14 @@ class LatentAttention:
             nope_dim=config.qk_nope_head_dim,
             norm_eps=STRICT_NORM_EPS if strict_norm_eps else config.rms_norm_eps,
             scale=config.softmax_scale,
-            q_a_QM=weights.get(prefix + "q_a_proj.weight"),
+            q_a_QM=weights.matrix(prefix + "q_a_proj.weight"),
             q_norm_Q=weights.get(prefix + "q_a_layernorm.weight"),
-            q_b=weights.get(prefix + "q_b_proj.weight"),
-            kv_a=weights.get(prefix + "kv_a_proj_with_mqa.weight"),
+            q_b=weights.matrix(prefix + "q_b_proj.weight"),
+            kv_a=weights.matrix(prefix + "kv_a_proj_with_mqa.weight"),
             kv_norm_C=weights.get(prefix + "kv_a_layernorm.weight"),
             up_key_HNC=kv_b[:, : config.qk_nope_head_dim].contiguous(),
             up_value_HVC=kv_b[:, config.qk_nope_head_dim :].contiguous(),
-            out=weights.get(prefix + "o_proj.weight"),
+            out=weights.matrix(prefix + "o_proj.weight"),
             indexer=Indexer.load(weights, config, layer, compiled_gates=compiled_gates)
             if has_indexer
             else None,
@@ -86,24 +85,24 @@ class LatentAttention:
     def __call__(
         self, x_TM: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
     ) -> Tensor:
-        q_latent_TQ = rms_norm(F.linear(x_TM, self.q_a_QM), self.q_norm_Q, self.norm_eps)
+        q_latent_TQ = rms_norm(linear(x_TM, self.q_a_QM), self.q_norm_Q, self.norm_eps)
         self._store(x_TM, cos_TF, sin_TF, context)
         if self.indexer is not None:
             self.indexer(x_TM, q_latent_TQ, cos_TF, sin_TF, context)
         num_heads = self.up_key_HNC.shape[0]
-        q_TH = F.linear(q_latent_TQ, self.q_b).unflatten(-1, (num_heads, -1))
+        q_TH = linear(q_latent_TQ, self.q_b).unflatten(-1, (num_heads, -1))
         q_nope_THN, q_rope_THR = q_TH[..., : self.nope_dim], q_TH[..., self.nope_dim :]
         apply_rope_(q_rope_THR, cos_TF, sin_TF, interleaved=True)
         q_absorbed_HTC = torch.bmm(q_nope_THN.transpose(0, 1), self.up_key_HNC)
         out_THC = context.attend(self.layer, q_absorbed_HTC.transpose(0, 1), q_rope_THR, self.scale)
         out_HTV = torch.bmm(out_THC.transpose(0, 1), self.up_value_HVC.transpose(1, 2))
-        return F.linear(out_HTV.transpose(0, 1).flatten(1), self.out)
+        return linear(out_HTV.transpose(0, 1).flatten(1), self.out)
 
     def _store(
         self, x_TM: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
     ) -> None:
         """Computes the pass's rows and hands them over: normed latent, rotated rope key."""
-        kv_T = F.linear(x_TM, self.kv_a)
+        kv_T = linear(x_TM, self.kv_a)
         latent_dim = self.kv_norm_C.shape[0]
         latent_TC = rms_norm(kv_T[:, :latent_dim], self.kv_norm_C, self.norm_eps)
         k_rope_TR = apply_rope_(kv_T[:, latent_dim:], cos_TF, sin_TF, interleaved=True)

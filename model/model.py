@@ -24,6 +24,7 @@ from .mla import LatentAttention
 from .moe import MixtureOfExperts, make_router
 from .random_weights import RandomWeights
 from .rope import Rope
+from .weight_source import WeightSource, keeps_fp8
 from .weights import Checkpoint, Weights
 
 
@@ -76,6 +77,7 @@ class Model:
         device: torch.device | str,
         strict_norm_eps: bool = False,
         compiled_gates: bool | None = None,
+        fp8_weights: bool | None = None,
     ) -> Model:
         """Loads a hub checkpoint directory.
 
@@ -85,13 +87,18 @@ class Model:
             device: where the weights go.
             strict_norm_eps: 1e-6 for the latent norms, as transformers; else the config's eps.
             compiled_gates: head gates under torch.compile; None: on a GPU only.
+            fp8_weights: FP8 matrices with 128x128 blocks are kept and multiplied as they are; else
+                in `dtype`. None: in bfloat16 on a GPU that has FP8 products. What attention
+                absorbs (kv_b_proj) is in `dtype` either way.
 
         Raises CheckpointError with every fault of the configuration, or of the tensors.
         """
         path, device = Path(path), torch.device(device)
         config = ModelConfig.from_dir(path)
+        if fp8_weights is None:
+            fp8_weights = keeps_fp8(dtype, device)
         with Checkpoint(path) as checkpoint:
-            weights = Weights(checkpoint, config, dtype, device)
+            weights = Weights(checkpoint, config, dtype, device, keep_fp8=fp8_weights)
             return cls._build(
                 weights, config, strict_norm_eps=strict_norm_eps, compiled_gates=compiled_gates
             )
@@ -104,21 +111,24 @@ class Model:
         dtype: torch.dtype,
         device: torch.device | str,
         seed: int = 0,
+        fp8_weights: bool = False,
         compiled_gates: bool | None = None,
     ) -> Model:
         """A model with random weights, drawn on the device: for benchmarks.
 
-        `config`: see `published_config` for the shapes of published models. `dtype`,
-        `compiled_gates` as for `load`.
+        `config`: see `published_config` for the shapes of published models. `fp8_weights`: the
+        matrices that an FP8 release quantises are FP8. `dtype`, `compiled_gates` as for `load`.
         """
-        weights = RandomWeights(config, dtype, torch.device(device), seed=seed)
+        weights = RandomWeights(
+            config, dtype, torch.device(device), seed=seed, keep_fp8=fp8_weights
+        )
         return cls._build(weights, config, strict_norm_eps=False, compiled_gates=compiled_gates)
 
     @classmethod
     @torch.inference_mode()
     def _build(
         cls,
-        weights: Weights | RandomWeights,
+        weights: WeightSource,
         config: ModelConfig,
         *,
         strict_norm_eps: bool,
@@ -167,7 +177,7 @@ class Model:
 
 
 def _load_layer(
-    weights: Weights | RandomWeights,
+    weights: WeightSource,
     config: ModelConfig,
     layer: int,
     *,
@@ -189,35 +199,36 @@ def _load_layer(
     )
 
 
-def _load_mlp(weights: Weights | RandomWeights, prefix: str) -> GatedMlp:
+def _load_mlp(weights: WeightSource, prefix: str) -> GatedMlp:
     return GatedMlp(
         gate_up_FM=weights.fused(prefix + "gate_proj.weight", prefix + "up_proj.weight"),
-        down_MF=weights.get(prefix + "down_proj.weight"),
+        down_MF=weights.matrix(prefix + "down_proj.weight"),
     )
 
 
-def _load_mixture(
-    weights: Weights | RandomWeights, config: ModelConfig, prefix: str
-) -> MixtureOfExperts:
-    """Experts are copied one by one into two stacked tensors."""
-    num_experts, inner = config.n_routed_experts, config.moe_intermediate_size
-    gate_up_EFM = weights.empty(num_experts, 2 * inner, config.hidden_size)
-    down_EMF = weights.empty(num_experts, config.hidden_size, inner)
-    for expert in range(num_experts):
-        name = f"{prefix}experts.{expert}."
-        gate_up_EFM[expert, :inner] = weights.get(name + "gate_proj.weight")
-        gate_up_EFM[expert, inner:] = weights.get(name + "up_proj.weight")
-        down_EMF[expert] = weights.get(name + "down_proj.weight")
+def _load_mixture(weights: WeightSource, config: ModelConfig, prefix: str) -> MixtureOfExperts:
     router = make_router(
         config,
         weights.get(prefix + "gate.weight", torch.float32),
         weights.get(prefix + "gate.e_score_correction_bias", torch.float32),
     )
-    shared = _load_mlp(weights, prefix + "shared_experts.")
-    return MixtureOfExperts(router, gate_up_EFM, down_EMF, shared)
+    names = [f"{prefix}experts.{expert}." for expert in range(config.n_routed_experts)]
+    gate_up = [(name + "gate_proj.weight", name + "up_proj.weight") for name in names]
+    down = [(name + "down_proj.weight",) for name in names]
+    as_fp8 = weights.stays_fp8([name for group in gate_up + down for name in group])
+    gate_up_EFM, gate_up_scale_EPQ = weights.stacked(gate_up, as_fp8=as_fp8)
+    down_EMF, down_scale_EPQ = weights.stacked(down, as_fp8=as_fp8)
+    return MixtureOfExperts(
+        router,
+        gate_up_EFM=gate_up_EFM,
+        down_EMF=down_EMF,
+        shared=_load_mlp(weights, prefix + "shared_experts."),
+        gate_up_scale_EPQ=gate_up_scale_EPQ,
+        down_scale_EPQ=down_scale_EPQ,
+    )
 
 
-def _load_head(weights: Weights | RandomWeights, config: ModelConfig) -> Tensor:
+def _load_head(weights: WeightSource, config: ModelConfig) -> Tensor:
     """lm_head, or the embedding when tied; float32 on a CPU, which has no mixed matmul."""
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return weights.get(name, torch.float32 if weights.device.type == "cpu" else None)

@@ -1,8 +1,11 @@
 """Mixture of experts: sigmoid router with groups and a selection bias, routed and shared experts.
 
 Source: DeepSeek-V3 (arXiv:2412.19437, section 2.1.2); transformers 5.23, DeepseekV32TopkRouter.
+Nothing here waits for the device: on a GPU the tokens of each expert are counted and sorted there
+(kernels/routed_experts.py).
 
-Shape suffixes: T tokens, M hidden width, F expert width, E experts, G groups, K chosen experts.
+Shape suffixes: T tokens, M hidden width, F expert width, E experts, K chosen experts, P and Q
+128x128 blocks of a matrix.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.routed_experts import route_experts, routed_experts
 from .config import ModelConfig
 from .layers import GatedMlp, linear_fp32
 
@@ -31,23 +35,20 @@ class Router:
 
     def __call__(self, x_TM: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (weight float32 [T, K], expert int64 [T, K])."""
-        score_TE = linear_fp32(x_TM, self.weight_EM).sigmoid()
-        choice_TE = score_TE + self.bias_E
-        if self.num_groups > 1:
-            choice_TE = self._keep_best_groups(choice_TE)
-        expert_TK = choice_TE.topk(self.top_experts, dim=-1).indices
-        weight_TK = score_TE.gather(1, expert_TK)
-        if self.norm_weights:
-            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-        return weight_TK * self.scaling_factor, expert_TK
-
-    def _keep_best_groups(self, choice_TE: Tensor) -> Tensor:
-        """-inf outside the best groups; a group counts the sum of its two best choices."""
-        choice_TGX = choice_TE.unflatten(-1, (self.num_groups, -1))
-        group_TG = choice_TGX.topk(2, dim=-1).values.sum(-1)
-        kept_TK = group_TG.topk(self.top_groups, dim=-1).indices
-        is_out_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, kept_TK, False)
-        return choice_TGX.masked_fill(is_out_TG[..., None], float("-inf")).flatten(1)
+        logits_TE = linear_fp32(x_TM, self.weight_EM)
+        weight_TK = logits_TE.new_empty(x_TM.shape[0], self.top_experts)
+        expert_TK = torch.empty_like(weight_TK, dtype=torch.int64)
+        route_experts(
+            logits_TE,
+            self.bias_E,
+            self.num_groups,
+            self.top_groups,
+            self.norm_weights,
+            self.scaling_factor,
+            weight_TK,
+            expert_TK,
+        )
+        return weight_TK, expert_TK
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +57,26 @@ class MixtureOfExperts:
 
     router: Router
     gate_up_EFM: Tensor
-    """[E, 2F, M]"""
+    """[E, 2F, M], the model's dtype, or FP8 with scales"""
     down_EMF: Tensor
     shared: GatedMlp
+    gate_up_scale_EPQ: Tensor | None = None
+    down_scale_EPQ: Tensor | None = None
 
     def __call__(self, x_TM: Tensor) -> Tensor:
         weight_TK, expert_TK = self.router(x_TM)
-        out_TM = self._routed(x_TM, weight_TK, expert_TK)
-        return (out_TM + self.shared(x_TM)).to(x_TM.dtype)
-
-    def _routed(self, x_TM: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
-        """Loops over the experts that have tokens; asks the device once which those are."""
-        out_TM = torch.zeros(x_TM.shape, dtype=torch.float32, device=x_TM.device)
-        num_experts, top_experts = self.gate_up_EFM.shape[0], expert_TK.shape[1]
-        flat_expert = expert_TK.flatten()
-        order = flat_expert.argsort(stable=True)
-        counts = torch.bincount(flat_expert, minlength=num_experts).tolist()
-        weight = weight_TK.flatten()
-        end = 0
-        for expert, count in enumerate(counts):
-            start, end = end, end + count
-            if not count:
-                continue
-            picks = order[start:end]
-            tokens = picks // top_experts
-            mlp = GatedMlp(self.gate_up_EFM[expert], self.down_EMF[expert])
-            out_TM.index_add_(0, tokens, mlp(x_TM[tokens]).float() * weight[picks, None])
+        out_TM = torch.empty_like(x_TM)
+        routed_experts(
+            x_TM,
+            weight_TK,
+            expert_TK,
+            self.gate_up_EFM,
+            self.gate_up_scale_EPQ,
+            self.down_EMF,
+            self.down_scale_EPQ,
+            self.shared(x_TM),
+            out_TM,
+        )
         return out_TM
 
 

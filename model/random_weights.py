@@ -6,13 +6,21 @@ their size through the layers and nothing overflows; norms are one, biases are s
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.block_fp8 import BLOCK
+from ..kernels.fp8 import E4M3_MAX
 from .config import ModelConfig
+from .layers import BlockFp8
 from .weight_shapes import expected_shapes
+from .weight_source import WeightSource
+
+_FP8_NAME = re.compile(r"(?<!weights)_proj(_with_mqa)?\.weight$|indexer\.w(q_b|k)\.weight$")
+_FP8_STD = 100.0
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "deepseek-v3.2": {
@@ -113,14 +121,19 @@ def published_config(
     return ModelConfig.from_dict(tree, {})
 
 
-class RandomWeights:
+class RandomWeights(WeightSource):
     """Stands for `Weights`: the same names and shapes, values from a seeded generator."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, seed: int
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        seed: int,
+        keep_fp8: bool,
     ) -> None:
-        self.dtype = dtype
-        self.device = device
+        super().__init__(dtype, device, keep_fp8=keep_fp8)
         self._shapes = expected_shapes(config)
         self._generator = torch.Generator(device).manual_seed(seed)
 
@@ -133,10 +146,19 @@ class RandomWeights:
         std = shape[1] ** -0.5 if len(shape) == 2 else 0.01
         return out.normal_(0, std, generator=self._generator)
 
-    def fused(self, *names: str) -> Tensor:
-        """Draws matrices of the same width, one behind the other."""
-        return torch.cat([self.get(name) for name in names])
+    def is_fp8(self, name: str) -> bool:
+        """What the FP8 releases quantise."""
+        return _FP8_NAME.search(name) is not None
 
-    def empty(self, *shape: int) -> Tensor:
-        """Uninitialised tensor in the model's dtype on its device."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def get_fp8(self, name: str) -> BlockFp8:
+        """Normal values at the upper end of the range, and the scale that undoes it."""
+        shape = self._shapes[name]
+        values = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        values.normal_(0, _FP8_STD, generator=self._generator)
+        weight = values.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        blocks = [-(-size // BLOCK) for size in shape]
+        scale = torch.full(blocks, shape[1] ** -0.5 / _FP8_STD, device=self.device)
+        return BlockFp8(weight, scale)

@@ -18,9 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..common.errors import CheckpointError
+from ..kernels.block_fp8 import BLOCK, dequantize_blocks
 from .config import ModelConfig
 from .config_reader import read_json
+from .layers import BlockFp8
 from .weight_shapes import expected_shapes
+from .weight_source import WeightSource
 
 _FLOAT_DTYPES = ("F32", "F16", "BF16")
 _FP8_DTYPE = "F8_E4M3"
@@ -28,14 +31,6 @@ _SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 _SCALE_SUFFIX = "_scale_inv"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MAX_LISTED = 8
-
-
-def dequantize(weight_OI: Tensor, scale_PQ: Tensor, block: tuple[int, int]) -> Tensor:
-    """FP8 [O, I] times its block's scale [ceil(O/block), ceil(I/block)], as float32 [O, I]."""
-    rows, columns = weight_OI.shape
-    scale_PI = scale_PQ.float().repeat_interleave(block[1], dim=1)[:, :columns]
-    scale_OI = scale_PI.repeat_interleave(block[0], dim=0)[:rows]
-    return weight_OI.float() * scale_OI
 
 
 class Checkpoint:
@@ -114,17 +109,22 @@ class Checkpoint:
             raise CheckpointError(f"cannot read {name} of {self._path}: {error}") from error
 
 
-class Weights:
-    """Checked tensors, dequantised, in the dtype and on the device asked for."""
+class Weights(WeightSource):
+    """Checked tensors of a checkpoint, in the dtype and on the device asked for."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        keep_fp8: bool = False,
     ) -> None:
         check(checkpoint, config)
         self._checkpoint = checkpoint
         self._block = config.fp8_block
-        self.dtype = dtype
-        self.device = device
+        super().__init__(dtype, device, keep_fp8=keep_fp8 and self._block == (BLOCK, BLOCK))
 
     def get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Reads one tensor; an FP8 weight is multiplied by its block scales in float32 first.
@@ -134,19 +134,20 @@ class Weights:
         tensor = self._checkpoint.read(name).to(self.device, copy=True)
         if tensor.dtype == torch.float8_e4m3fn:
             scale = self._checkpoint.read(name + _SCALE_SUFFIX).to(self.device)
-            tensor = dequantize(tensor, scale, self._block)
+            tensor = dequantize_blocks(tensor, scale, self._block)
         return tensor.to(dtype or self.dtype)
 
-    def fused(self, *names: str) -> Tensor:
-        """Reads matrices of the same width and stacks their rows."""
-        return torch.cat([self.get(name) for name in names])
+    def is_fp8(self, name: str) -> bool:
+        shape, dtype = self._checkpoint.header(name)
+        return dtype == _FP8_DTYPE and len(shape) == 2
 
-    def empty(self, *shape: int) -> Tensor:
-        """Uninitialised tensor in the model's dtype on its device."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.header(name)[0]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._checkpoint
+    def get_fp8(self, name: str) -> BlockFp8:
+        weight = self._checkpoint.read(name).to(self.device, copy=True)
+        scale = self._checkpoint.read(name + _SCALE_SUFFIX).to(self.device, copy=True)
+        return BlockFp8(weight, scale.float())
 
 
 def check(checkpoint: Checkpoint, config: ModelConfig) -> None:

@@ -7,13 +7,20 @@ launch that asked the host, or that remembered a value of its first run, fails o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tidepool.common.wire import Sampling
+from tidepool.kernels import fp8
+from tidepool.kernels.block_fp8 import block_fp8_linear, dequantize_blocks
+from tidepool.kernels.routed_experts import route_experts, routed_experts
+from tidepool.model.config import ModelConfig
+from tidepool.model.model import Model
 from tidepool.model.output import OutputBuffers
+from tidepool.model.random_weights import published_config
 from tidepool.model.sampling import (
     SAMPLING_KINDS,
     SamplingBuffers,
@@ -108,3 +115,227 @@ def test_captured_logprobs_are_the_references() -> None:
             assert have.logprob.top_ids == want.logprob.top_ids
             assert have.logprob.logprob == pytest.approx(want.logprob.logprob, abs=1e-4)
             assert have.logprob.top_logprobs == pytest.approx(want.logprob.top_logprobs, abs=1e-4)
+
+
+# Experts
+
+
+def relative_error(have: Tensor, want: Tensor) -> float:
+    have, want = have.cpu().double(), want.double()
+    return float((have - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def random_fp8(*shape: int) -> tuple[Tensor, Tensor]:
+    """Matrices of normal values and their block scales, which differ."""
+    blocks = [-(-size // 128) for size in shape[-2:]]
+    values = (torch.randn(shape) * 60).to(torch.float8_e4m3fn)
+    return values, (0.5 + torch.rand(*shape[:-2], *blocks)) * shape[-1] ** -0.5 / 60
+
+
+def through_fp8(x: Tensor) -> Tensor:
+    """What activations are after they have been quantised a token and 128 values."""
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    payload, scale = fp8.quantize(padded)
+    return (payload.float() * scale).flatten(-2)[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "top_groups", "experts", "top_experts", "norm"),
+    [(8, 4, 256, 8, True), (1, 1, 256, 8, True), (3, 1, 12, 2, True), (1, 1, 6, 6, False)],
+)
+@pytest.mark.parametrize("tokens", [1, 33, 512])
+def test_routing_chooses_and_weighs_as_the_reference_does(
+    num_groups: int, top_groups: int, experts: int, top_experts: int, norm: bool, tokens: int
+) -> None:
+    logits, bias = torch.randn(tokens, experts), torch.randn(experts) / 5
+    found = []
+    for device in ("cpu", "cuda"):
+        weight = torch.empty(tokens, top_experts, device=device)
+        expert = torch.empty(tokens, top_experts, dtype=torch.int64, device=device)
+        arguments = (num_groups, top_groups, norm, 2.5, weight, expert)
+        route_experts(logits.to(device), bias.to(device), *arguments)
+        found.append((weight.cpu(), expert.cpu()))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert torch.equal(found[1][1], found[0][1])
+
+
+def test_routing_of_a_nan_stays_inside_the_experts_and_in_its_row() -> None:
+    logits = torch.randn(3, 16, device="cuda")
+    logits[1] = float("nan")
+    weight = torch.empty(3, 4, device="cuda")
+    expert = torch.empty(3, 4, dtype=torch.int64, device="cuda")
+    route_experts(logits, torch.zeros(16, device="cuda"), 4, 2, True, 1.0, weight, expert)
+    assert ((expert >= 0) & (expert < 16)).all()
+    assert weight.isnan().any(1).tolist() == [False, True, False]
+
+
+@dataclass(frozen=True)
+class ExpertsCase:
+    tokens: int
+    experts: int = 8
+    top_experts: int = 2
+    width: int = 256
+    inner: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+
+EXPERT_CASES = [
+    *(ExpertsCase(tokens) for tokens in (0, 1, 2, 17, 100, 700)),
+    ExpertsCase(5000),
+    ExpertsCase(64, experts=256, top_experts=8),
+    ExpertsCase(512, experts=256, top_experts=8),
+    ExpertsCase(9, experts=5, top_experts=3, width=200, inner=48),
+    ExpertsCase(31, width=64, inner=32, dtype=torch.float32),
+    ExpertsCase(300, experts=3, top_experts=1, width=144, inner=80, dtype=torch.float32),
+]
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES, ids=str)
+def test_experts_equal_the_loop_over_them(case: ExpertsCase) -> None:
+    x = torch.randn(case.tokens, case.width).to(case.dtype)
+    weight = torch.rand(case.tokens, case.top_experts)
+    choice = torch.rand(case.tokens, case.experts)
+    choice[:, case.experts - 2] = -1  # an expert that nobody chooses
+    expert = choice.topk(case.top_experts, dim=-1).indices
+    gate_up = torch.randn(case.experts, 2 * case.inner, case.width) * case.width**-0.5
+    down = torch.randn(case.experts, case.width, case.inner) * case.inner**-0.5
+    gate_up, down = gate_up.to(case.dtype), down.to(case.dtype)
+    gate_up[case.experts - 2], down[case.experts - 2] = float("nan"), float("nan")
+    arguments = (x, weight, expert, gate_up, None, down, None, torch.randn_like(x))
+    want = torch.empty_like(x)
+    routed_experts(*arguments, want)
+    have = torch.full_like(x, float("nan"), device="cuda")
+    routed_experts(*(a if a is None else a.cuda() for a in arguments), have)
+    assert relative_error(have, want) < (1e-5 if case.dtype == torch.float32 else 6e-3)
+    again = torch.empty_like(have)
+    routed_experts(*(a if a is None else a.cuda() for a in arguments), again)
+    assert torch.equal(again, have)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 40, 130, 600])
+@pytest.mark.parametrize(("out", "width"), [(576, 384), (1536, 1024), (4224, 200), (8192, 128)])
+def test_block_scaled_products_are_those_of_the_quantised_activations(
+    tokens: int, out: int, width: int
+) -> None:
+    x = torch.randn(tokens, width).bfloat16() * 3
+    weight, scale = random_fp8(out, width)
+    want = through_fp8(x) @ dequantize_blocks(weight, scale, (128, 128)).t()
+    have = torch.full((tokens, out), float("nan"), dtype=torch.bfloat16, device="cuda")
+    block_fp8_linear(x.cuda(), weight.cuda(), scale.cuda(), have)
+    assert relative_error(have, want) < 4e-3
+    exact = torch.empty(tokens, out, dtype=torch.bfloat16)
+    block_fp8_linear(x, weight, scale, exact)
+    assert relative_error(have, exact.float()) < 0.04
+
+
+def test_a_nan_activation_spoils_its_own_row_alone() -> None:
+    x = torch.randn(20, 256).bfloat16().cuda()
+    x[7, 200] = float("nan")
+    weight, scale = random_fp8(256, 256)
+    out = torch.empty_like(x)
+    block_fp8_linear(x, weight.cuda(), scale.cuda(), out)
+    assert out.isnan().all(1).nonzero().flatten().tolist() == [7]
+    assert int(out.isnan().any(1).sum()) == 1
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 8), (40, 8), (512, 8), (1100, 4)])
+def test_fp8_experts_are_near_the_exact_ones(tokens: int, experts: int) -> None:
+    width, inner = 512, 256
+    x = torch.randn(tokens, width).bfloat16()
+    weight = torch.rand(tokens, 2)
+    expert = torch.rand(tokens, experts).topk(2, dim=-1).indices
+    gate_up, down = random_fp8(experts, 2 * inner, width), random_fp8(experts, width, inner)
+    arguments = (x, weight, expert, *gate_up, *down, torch.zeros_like(x))
+    want, have = torch.empty_like(x), torch.empty_like(x, device="cuda")
+    routed_experts(*arguments, want)
+    routed_experts(*(a.cuda() for a in arguments), have)
+    assert relative_error(have, want.float()) < 0.06
+
+
+# The model
+
+
+class EchoContext:
+    """Attention that answers with the queries: what matters here is everything around it."""
+
+    def store_kv(self, layer: int, latent_TC: Tensor, rope_key_TR: Tensor) -> None:
+        self.rope_sum = rope_key_TR.sum(-1)
+
+    def store_index_keys(self, index_layer: int, key_TD: Tensor) -> None:
+        self.key_sum = key_TD.sum(-1)
+
+    def select(self, index_layer: int, query_TID: Tensor, weight_TI: Tensor) -> None:
+        self.query_sum = query_TID.sum((1, 2)) + weight_TI.sum(-1)
+
+    def attend(self, layer: int, q_latent_THC: Tensor, q_rope_THR: Tensor, scale: float) -> Tensor:
+        extra = self.rope_sum + self.key_sum + self.query_sum
+        return q_latent_THC * (1 + 0.1 * torch.tanh(extra))[:, None, None].to(q_latent_THC.dtype)
+
+
+def small_config(name: str) -> ModelConfig:
+    return published_config(name, num_layers=3, num_dense_layers=1, num_experts=16)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5"])
+@pytest.mark.parametrize("fp8_weights", [False, True])
+def test_a_captured_step_answers_as_an_eager_one(name: str, fp8_weights: bool) -> None:
+    config = small_config(name)
+    model = Model.random(
+        config,
+        dtype=torch.bfloat16,
+        device="cuda",
+        fp8_weights=fp8_weights,
+        compiled_gates=False,
+    )
+    batch = 6
+    buffers = SamplingBuffers(batch, config.vocab_size, "cuda")
+    ids = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    positions, tokens = torch.zeros_like(ids), torch.zeros_like(ids)
+    logits: list[Tensor] = []
+
+    def step() -> None:
+        logits[:] = [model.logits(model.forward(ids, positions, EchoContext()))]
+        sample_into(logits[0], buffers, "plain", tokens)
+
+    with torch.inference_mode():
+        graph = capture(step)
+        held = logits[0]
+        for seed in range(2):
+            ids.copy_(torch.randint(0, config.vocab_size, (batch,)))
+            positions.copy_(torch.randint(0, 100_000, (batch,)))
+            buffers.fill(sampling_rows("plain", batch, config.vocab_size, seed))
+            graph.replay()
+            found = (held.clone(), tokens.clone())
+            step()
+            assert torch.equal(found[0], logits[0])
+            assert torch.equal(found[1], tokens)
+            assert held.std() > 0.1
+
+
+def test_float32_on_the_gpu_is_the_cpu_to_rounding() -> None:
+    config = published_config("deepseek-v3.2", num_layers=2, num_dense_layers=1, num_experts=16)
+    config = replace(config, vocab_size=500, hidden_size=256, intermediate_size=384)
+    config = replace(config, num_attention_heads=4, moe_intermediate_size=96)
+    source = Model.random(config, dtype=torch.float32, device="cpu", seed=3)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = moved(source, device)
+        ids = torch.arange(40, device=device)
+        hidden = model.forward(ids, 1000 * ids, EchoContext())
+        found.append(model.logits(hidden).cpu())
+    assert relative_error(found[1], found[0]) < 1e-5
+
+
+def moved(model: Model, device: str) -> Model:
+    """The same weights on another device."""
+
+    def move(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if is_dataclass(value) and not isinstance(value, type) and value is not model.config:
+            return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    layers = tuple(move(layer) for layer in model.layers)
+    parts = {name: move(getattr(model, f"_{name}")) for name in ("embed_VM", "norm_M", "head_VM")}
+    return Model(model.config, layers=layers, **parts)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import torch
 from helpers.dense_context import DenseContext, run
 from helpers.tiny_models import INDEX_TOPK, VETTED_SEEDS, Kind, prompt, session_checkpoint
 
+from tidepool.kernels import routed_experts
 from tidepool.model import indexer as indexer_module
 from tidepool.model import mla as mla_module
 from tidepool.model.indexer import Indexer
@@ -187,13 +188,13 @@ def test_scoring_a_group_by_its_best_expert_alone_shows_in_the_logits(load, monk
     model = load("v32")
     right = logits(model, "v32")
 
-    def by_best(router: Router, choice: torch.Tensor) -> torch.Tensor:
-        groups = choice.unflatten(-1, (router.num_groups, -1))
-        kept = groups.amax(-1).topk(router.top_groups, dim=-1).indices
+    def by_best(choice: torch.Tensor, num_groups: int, top_groups: int) -> torch.Tensor:
+        groups = choice.unflatten(-1, (num_groups, -1))
+        kept = groups.amax(-1).topk(top_groups, dim=-1).indices
         is_out = torch.ones(groups.shape[:2], dtype=torch.bool).scatter(1, kept, False)
         return groups.masked_fill(is_out[..., None], float("-inf")).flatten(1)
 
-    monkeypatch.setattr(Router, "_keep_best_groups", by_best)
+    monkeypatch.setattr(routed_experts, "_keep_best_groups", by_best)
     assert (logits(model, "v32") - right).abs().max() > VISIBLE
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tidepool.common.errors import CheckpointError
+from tidepool.kernels.block_fp8 import dequantize_blocks
 from tidepool.model.config import ModelConfig
 from tidepool.model.model import Model
-from tidepool.model.weights import Checkpoint, Weights, dequantize
+from tidepool.model.weights import Checkpoint, Weights
 
 IDS = prompt(0, 24)
 BLOCK = 16
@@ -139,7 +140,7 @@ def test_fp8_scales_that_are_powers_of_two_may_have_a_dtype_of_their_own():
     weight = torch.full((3, 5), 2.0).to(torch.float8_e4m3fn)
     scale = torch.tensor([[1.0, 0.5, 4.0], [2.0, 8.0, 1.0]]).to(torch.float8_e8m0fnu)
     expected = torch.tensor([[2.0, 2, 1, 1, 8], [2, 2, 1, 1, 8], [4, 4, 16, 16, 2]])
-    assert torch.equal(dequantize(weight, scale, (2, 2)), expected)
+    assert torch.equal(dequantize_blocks(weight, scale, (2, 2)), expected)
 
 
 def test_half_precision_files_load_as_float32(folder):
