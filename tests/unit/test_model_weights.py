@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.dense_context import DenseContext, run
-from helpers.tiny_models import prompt, reference_model, session_checkpoint
+from helpers.tiny_models import (
+    build,
+    prompt,
+    reference_model,
+    save,
+    session_checkpoint,
+    tiny_config,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tidepool.common.errors import CheckpointError
 from tidepool.kernels.block_fp8 import dequantize_blocks
 from tidepool.model.config import ModelConfig
+from tidepool.model.layers import BlockFp8
 from tidepool.model.model import Model
 from tidepool.model.weights import Checkpoint, Weights
 
@@ -89,14 +97,14 @@ def test_prediction_layers_behind_the_last_one_are_skipped(folder):
     assert torch.equal(logits(folder), expected)
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Block-scaled FP8 by loops, so that the reader is not tested with itself."""
     rows, columns = weight.shape
-    scale = torch.zeros(-(-rows // BLOCK), -(-columns // BLOCK))
+    scale = torch.zeros(-(-rows // block), -(-columns // block))
     out = torch.zeros_like(weight)
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
-            at = (slice(i * BLOCK, (i + 1) * BLOCK), slice(j * BLOCK, (j + 1) * BLOCK))
+            at = (slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
             scale[i, j] = weight[at].abs().max() / 448
             out[at] = weight[at] / scale[i, j]
     return out.to(torch.float8_e4m3fn), scale
@@ -110,14 +118,18 @@ def dequantize_by_loops(weight: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def test_fp8_blocks_are_multiplied_by_their_scales(folder):
-    """V3.2's list of quantised weights; the ragged last block is in kv_b (176 x 32) and q_b."""
-    tensors = load_file(folder / "model.safetensors")
-    quantised = [
+def names_to_quantise(tensors: dict[str, Tensor]) -> list[str]:
+    return [
         name
         for name in tensors
         if (name.endswith("_proj.weight") and "weights_proj" not in name) or "wq_b" in name
     ]
+
+
+def test_fp8_blocks_are_multiplied_by_their_scales(folder):
+    """V3.2's list of quantised weights; the ragged last block is in kv_b (176 x 32) and q_b."""
+    tensors = load_file(folder / "model.safetensors")
+    quantised = names_to_quantise(tensors)
     changes, plain = {}, {}
     for name in quantised:
         weight, scale = quantize(tensors[name])
@@ -134,6 +146,73 @@ def test_fp8_blocks_are_multiplied_by_their_scales(folder):
         for name in quantised:
             assert torch.equal(weights.get(name), plain[name]), name
     assert torch.equal(logits(folder), logits(same))
+
+
+@pytest.fixture(scope="module")
+def fp8_folder(tmp_path_factory) -> Path:
+    """A tiny GLM-5 with blocks of 128: whole ones in the experts, ragged ones elsewhere."""
+    config = tiny_config("glm5", hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2)
+    folder = save(build(config, 3), tmp_path_factory.mktemp("fp8"))
+    tensors = load_file(folder / "model.safetensors")
+    changes = {}
+    for name in names_to_quantise(tensors):
+        weight, scale = quantize(tensors[name], 128)
+        changes |= {name: weight, f"{name}_scale_inv": scale}
+    rewrite(folder, changes)
+    set_config(folder, quantization_config={"quant_method": "fp8"})
+    return folder
+
+
+def load_fp8(path: Path) -> Model:
+    return Model.load(path, dtype=torch.float32, device="cpu", fp8_weights=True)
+
+
+def test_fp8_weights_that_are_kept_give_the_same_logits_as_dequantised_ones(fp8_folder):
+    kept = load_fp8(fp8_folder)
+    plain = Model.load(fp8_folder, dtype=torch.float32, device="cpu")
+    found = [run(model, IDS, DenseContext(model.config)) for model in (kept, plain)]
+    torch.testing.assert_close(*found)
+
+
+def test_fp8_weights_that_are_kept_have_the_size_of_the_file(fp8_folder):
+    """But for what attention absorbs, and what ragged blocks keep from standing side by side."""
+    model = load_fp8(fp8_folder)
+    tensors = load_file(fp8_folder / "model.safetensors")
+    mixture = model.layers[1].mlp
+    prefix = "model.layers.1.mlp.experts"
+    for expert in range(model.config.n_routed_experts):
+        for rows, name in ((slice(0, 128), "gate_proj"), (slice(128, 256), "up_proj")):
+            stored = tensors[f"{prefix}.{expert}.{name}.weight"]
+            assert torch.equal(mixture.gate_up_EFM[expert, rows].float(), stored.float())
+        down = tensors[f"{prefix}.{expert}.down_proj.weight_scale_inv"]
+        assert torch.equal(mixture.down_scale_EPQ[expert], down)
+    assert mixture.down_EMF.dtype == torch.float8_e4m3fn
+    assert isinstance(mixture.shared.gate_up_FM, BlockFp8)
+    attention = model.layers[0].attention
+    for matrix in (attention.q_a_QM, attention.q_b, attention.kv_a, attention.out):
+        assert isinstance(matrix, BlockFp8)
+    assert attention.up_key_HNC.dtype == torch.float32
+    ragged = model.layers[0].mlp.gate_up_FM
+    assert isinstance(ragged, Tensor)
+    assert ragged.dtype == torch.float32
+
+
+def test_other_block_sizes_are_dequantised_though_fp8_is_to_be_kept(fp8_folder, tmp_path):
+    folder = Path(shutil.copytree(fp8_folder, tmp_path / "other"))
+    changes = {}
+    for name, scale in load_file(folder / "model.safetensors").items():
+        if name.endswith("_scale_inv"):
+            changes[name] = scale.repeat_interleave(2, 0)[: 2 * scale.shape[0]]
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(changes):
+        rows = tensors[name.removesuffix("_scale_inv")].shape[0]
+        changes[name] = changes[name][: -(-rows // 64)].contiguous()
+    rewrite(folder, changes)
+    block = {"quant_method": "fp8", "weight_block_size": [64, 128]}
+    set_config(folder, quantization_config=block)
+    model = load_fp8(folder)
+    assert isinstance(model.layers[0].attention.q_b, Tensor)
+    assert model.layers[1].mlp.gate_up_scale_EPQ is None
 
 
 def test_fp8_scales_that_are_powers_of_two_may_have_a_dtype_of_their_own():
