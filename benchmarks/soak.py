@@ -129,11 +129,12 @@ async def load(cluster: Cluster, cases: list[Case], minutes: float, tally: Tally
 
 
 def resident(cluster: Cluster) -> dict[str, float]:
-    """Resident megabytes of each node's process and the front's."""
+    """Resident megabytes of each node's process and front."""
     pids = {
         node_id: ray.get(actor.info.remote())["pid"] for node_id, actor in cluster.nodes.items()
     }
-    pids["front-0"] = ray.get(cluster.front.pid.remote())
+    for front_id, actor in cluster.fronts.actors.items():
+        pids[front_id] = ray.get(actor.pid.remote())
     return {name: _rss_mb(pid) for name, pid in pids.items()}
 
 

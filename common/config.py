@@ -107,8 +107,10 @@ class TransferSection:
     """Times a chunk whose checksum differs is written before the attempt fails."""
     max_write_bytes: int = 16 * 1024 * 1024
     """Largest single write; longer runs are split."""
-    max_writes_in_flight: int = 8
-    """Writes submitted to the transport at a time."""
+    max_chunk_bytes: int = 64 * 1024 * 1024
+    """Pages are written, announced and verified in pieces of at most so many bytes, so that one is verified while the next arrives."""
+    max_writes_in_flight: int = 16
+    """Writes submitted to the transport at a time, to each peer."""
     max_quarantine_share: float = 0.25
     """Share of decode's host pages that may be kept out of use for writers that are lost; past it the node fences them itself: a new data address, the old one closed, transfers under way tried again. 1: never."""
     write_timeout_s: float = 10.0
@@ -167,6 +169,8 @@ class ClusterSection:
     """Decode nodes."""
     unified: int = 0
     """Nodes that do both; used instead of prefill and decode nodes."""
+    fronts: int = 1
+    """HTTP fronts. Several share front.port of one machine, so that a killed one costs its own connections only; front.port + 1, + 2, ... are theirs alone, for /metrics."""
     cpus_per_node: float = 1.0
     """CPUs Ray reserves for a node."""
     gpus_per_node: float = 0.0
@@ -216,10 +220,12 @@ def _faults(config: Config) -> Iterator[str]:
         "transfer": (
             "max_chunk_tries",
             "max_write_bytes",
+            "max_chunk_bytes",
             "max_writes_in_flight",
             "max_queued_messages",
         ),
         "front": ("max_requests", "max_body_bytes", "max_attempts"),
+        "cluster": ("fronts",),
     }
     for section, names in at_least_one.items():
         for name in names:

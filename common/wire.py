@@ -38,7 +38,7 @@ import msgspec
 
 from .errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Role = Literal["front", "prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -199,8 +199,8 @@ class Refuse(Message, frozen=True, tag="refuse"):
 class Chunk(Message, frozen=True, tag="chunk"):
     """Pages [first_page, first_page + num_pages) of the prompt are written, all layers.
 
-    `checksums` has one value a page (over its bytes of every KV layer, then every index layer), or
-    is empty when checksums are off. `sequence` numbers the chunks of a lease from 0; a chunk that
+    `checksums` has one value a layer (every KV layer, then every index layer, each over its pages in
+    order), or is empty when checksums are off. `sequence` numbers the chunks of a lease from 0; a chunk that
     is written again keeps its number and counts `tries` up.
     """
 

@@ -19,7 +19,7 @@ import ray
 
 from ..common.config import Config
 from ..transfer.node import Node
-from .front.server import FrontServer, build_server
+from .front.server import FrontServer, build_server, listen
 from .incarnations import Incarnations
 from .membership import MembershipPoller
 
@@ -110,10 +110,15 @@ class FrontActor:
         self._url = ""
         self._poller: asyncio.Task[None] | None = None
 
-    async def start(self, port: int) -> str:
-        """Starts serving at `port` (0: a free one) unless it serves already; returns the URL."""
+    async def start(self, port: int, is_first: bool = False) -> str:
+        """Starts serving at `port` (0: a free one) unless it serves already; returns the URL.
+
+        `is_first`: of several that share a port; ConfigError if somebody else has it.
+        """
         if self._server is None:
             front = dataclasses.replace(self._config.front, port=port)
+            if is_first and self._config.cluster.fronts > 1:
+                listen(front.host, port).close()
             self._server = build_server(
                 dataclasses.replace(self._config, front=front),
                 node_id=self._front_id,
@@ -127,6 +132,10 @@ class FrontActor:
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def machine(self) -> str:
+        """Ray's id of the machine it runs on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     async def stop(self, drain_s: float) -> None:
         """Drains for up to `drain_s` seconds and stops serving."""

@@ -1,4 +1,4 @@
-"""A cluster on Ray: one placement group and one named, restartable actor a node, and the front.
+"""A cluster on Ray: one placement group and one named, restartable actor a node, and the fronts (fronts.py).
 
 `start` brings it up, `Cluster.stop` takes all of it down; `serve` is what the command line runs.
 """
@@ -19,14 +19,12 @@ from ..decode_node.build import check as check_decode
 from ..hostpool.memory import available_host_bytes
 from ..model.runtime import check_model
 from .cluster_secret import check_secrets, forget, with_local_secret
+from .fronts import Fronts, pinned_to, try_get
 from .ray_environment import RAY_ENVIRONMENT
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
-FRONT_START_TIMEOUT_S = 30.0
 KEEP_INTERVAL_S = 1.0
-PIN_AMOUNT = 0.001
-"""What a pinned node takes of its machine's custom resource."""
 LOCAL_OBJECT_STORE_BYTES = 100_000_000
 """Nothing large goes through Ray's object store; its default would take 30 % of the memory."""
 
@@ -36,37 +34,38 @@ class Cluster:
     """A running cluster.
 
     Attributes:
-        url: where the front listens.
         run_id: tells this start from all others.
+        fronts: the HTTP fronts.
         nodes: node id -> actor handle.
     """
 
     config: Config
     namespace: str
     owns_ray: bool
-    url: str = ""
     run_id: str = field(default_factory=lambda: secrets.token_hex(8))
-    front: Any = None
+    fronts: Fronts = field(default_factory=Fronts)
     nodes: dict[str, Any] = field(default_factory=dict)
     groups: list[Any] = field(default_factory=list)
     own_secret: str = ""
     """File made for this cluster alone; removed with it."""
 
-    def keep_front(self) -> None:
-        """Makes a front that Ray has restarted serve again, at its old port. Cheap; call often."""
-        port = int(self.url.rsplit(":", 1)[1])
-        _try_get(self.front.start.remote(port), FRONT_START_TIMEOUT_S)
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        return self.fronts.url
+
+    def keep_fronts(self) -> None:
+        """Makes fronts that Ray has restarted serve again. Cheap; call often."""
+        self.fronts.keep()
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """Drains for up to `drain_s` seconds, then ends the front, the nodes and what we started."""
+        """Drains for up to `drain_s` seconds, then ends the fronts, the nodes and what we started."""
         import ray  # noqa: PLC0415
 
-        if self.front is not None:
-            _try_get(self.front.stop.remote(drain_s), drain_s + STOP_TIMEOUT_S)
-            ray.kill(self.front)
+        self.fronts.stop(drain_s)
         stops = [actor.stop.remote() for actor in self.nodes.values()]
         for stop in stops:
-            _try_get(stop, STOP_TIMEOUT_S)
+            try_get(stop, STOP_TIMEOUT_S)
         for actor in self.nodes.values():
             ray.kill(actor)
         for group in self.groups:
@@ -105,7 +104,7 @@ def start(config: Config, *, address: str | None = None, log_to_driver: bool = T
     cluster.own_secret = own_secret
     try:
         _place_nodes(cluster)
-        _place_front(cluster)
+        _place_fronts(cluster)
     except BaseException:
         cluster.stop()
         raise
@@ -133,7 +132,7 @@ def serve(resolved: Resolved, *, address: str | None = None) -> None:
     )
     try:
         while not stopping.wait(KEEP_INTERVAL_S):
-            cluster.keep_front()
+            cluster.keep_fronts()
         print(
             f"draining for up to {config.front.drain_s:.0f} s (Ctrl-C again: at once)", flush=True
         )
@@ -188,7 +187,7 @@ def _place_nodes(cluster: Cluster) -> None:
 
     section = cluster.config.cluster
     for node_id, role in _roles(cluster.config):
-        pin = _pin(cluster.config, node_id)
+        pin = pinned_to(cluster.config, node_id)
         bundle = {"CPU": section.cpus_per_node, "GPU": section.gpus_per_node, **pin}
         bundle = {name: amount for name, amount in bundle.items() if amount}
         options: dict[str, Any] = {"num_cpus": section.cpus_per_node, "resources": pin}
@@ -207,11 +206,6 @@ def _place_nodes(cluster: Cluster) -> None:
         )
         cluster.nodes[node_id] = actor.remote(role, cluster.config, node_id, cluster.run_id)
     _wait_for_nodes(cluster)
-
-
-def _pin(config: Config, node_id: str) -> dict[str, float]:
-    """The custom resource that ties a node or front to its machine; nothing unless pinned."""
-    return {node_id: PIN_AMOUNT} if config.cluster.pinned else {}
 
 
 def _wait_for_nodes(cluster: Cluster) -> None:
@@ -236,26 +230,13 @@ def _wait_for_nodes(cluster: Cluster) -> None:
             raise PeerError(f"{node_id} could not start: {_first_cause(error)}") from error
 
 
-def _place_front(cluster: Cluster) -> None:
+def _place_fronts(cluster: Cluster) -> None:
     import ray  # noqa: PLC0415
 
-    from .actors import FrontActor  # noqa: PLC0415
-
-    front_id = "front-0"
-    actor = ray.remote(FrontActor).options(
-        name=front_id,
-        namespace=cluster.namespace,
-        num_cpus=0,
-        resources=_pin(cluster.config, front_id),
-        max_concurrency=64,
-        max_restarts=-1,
-    )
-    cluster.front = actor.remote(cluster.config, front_id, list(cluster.nodes), cluster.namespace)
     try:
-        port = cluster.config.front.port
-        cluster.url = ray.get(cluster.front.start.remote(port), timeout=START_TIMEOUT_S)
+        cluster.fronts.start(cluster.config, list(cluster.nodes), cluster.namespace)
     except ray.exceptions.RayError as error:
-        raise PeerError(f"the front could not start: {_first_cause(error)}") from error
+        raise PeerError(f"a front could not start: {_first_cause(error)}") from error
 
 
 def _first_cause(error: BaseException) -> str:
@@ -264,13 +245,3 @@ def _first_cause(error: BaseException) -> str:
         return str(error)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def _try_get(reference: Any, timeout_s: float) -> None:
-    """Waits for a call to an actor that may be dead already."""
-    import ray  # noqa: PLC0415
-
-    try:
-        ray.get(reference, timeout=timeout_s)
-    except ray.exceptions.RayError:
-        return

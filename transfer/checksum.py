@@ -20,3 +20,7 @@ def checksum(segments: Iterable[Segment]) -> int:
     for address, num_bytes in segments:
         state.update((ctypes.c_char * num_bytes).from_address(address))
     return int(state.intdigest())
+
+
+def num_bytes_of(segments: Iterable[Segment]) -> int:
+    return sum(num_bytes for _, num_bytes in segments)

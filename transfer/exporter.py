@@ -17,7 +17,7 @@ from ..common import wire
 from ..common.config import TransferSection
 from ..common.errors import InvariantError, ProtocolError
 from .events import ExportEvent, ExportRequest, Key
-from .mover import WriteJob, WriteResult
+from .jobs import WriteJob, WriteResult
 from .outbound import (
     Action,
     CancelRequested,
@@ -37,7 +37,7 @@ from .outbound import (
     Tick,
     WriteEnded,
 )
-from .pages import check_regions, check_runs, expand, page_segments, plan_writes
+from .pages import check_regions, check_runs, expand, layer_parts, plan_writes
 from .session import Control, Peer
 from .transport import TicketStatus
 
@@ -93,6 +93,8 @@ class Exporter:
         self._config = config
         self._has_checksums = has_checksums
         self._post_event = post_event
+        page_bytes = sum(region.num_layers * region.page_bytes for region in regions)
+        self._max_chunk_pages = max(1, config.max_chunk_bytes // max(1, page_bytes))
         self._transfers: dict[Key, _Transfer] = {}
         self._by_lease: dict[LeaseName, _Transfer] = {}
         self._up: dict[str, Peer] = {}
@@ -108,8 +110,12 @@ class Exporter:
 
         May be called before the grant. Ignored once the transfer has failed.
         """
-        event = PagesReady(first_page, tuple(source_pages))
-        self._control.post(lambda: self._command(key, event))
+        size = self._max_chunk_pages
+        pieces = [
+            PagesReady(first_page + at, tuple(source_pages[at : at + size]))
+            for at in range(0, len(source_pages), size)
+        ]
+        self._control.post(lambda: self._commands(key, pieces))
 
     def commit(
         self,
@@ -144,6 +150,10 @@ class Exporter:
         self._control.connect(request.decode_id, request.decode_address)
         if request.decode_id in self._up:
             self._advance(transfer, PeerUp())
+
+    def _commands(self, key: Key, events: Sequence[Event]) -> None:
+        for event in events:
+            self._command(key, event)
 
     def _command(self, key: Key, event: Event) -> None:
         transfer = self._transfers.get(key)
@@ -311,16 +321,15 @@ class Exporter:
                 self._config.max_write_bytes,
             )
         ]
-        hashed = action.source_pages if self._has_checksums else ()
-        own = [self._regions[name] for name in transfer.target_pages]  # type: ignore[index]
-        pages = [[part for each in own for part in page_segments(each, page)] for page in hashed]
+        own = [(self._regions[name], action.source_pages) for name in transfer.target_pages]  # type: ignore[index]
+        parts = layer_parts(own) if self._has_checksums else []
         on_end = partial(self._on_write_end, transfer, action.sequence, action.tries)
         self._mover.write(
             WriteJob(
                 owner=transfer.machine.request.key,
                 peer_data_address=transfer.peer.hello.data_address,
                 writes=writes,
-                pages=pages,
+                parts=parts,
                 on_end=on_end,
             )
         )

@@ -35,8 +35,8 @@ from .inbound import (
     WriterFenced,
     WriterUp,
 )
-from .mover import VerifyJob
-from .pages import expand, page_segments
+from .jobs import VerifyJob
+from .pages import expand, layer_parts
 from .session import Control, Peer
 
 MAX_REMEMBERED_KEYS = 65536
@@ -182,7 +182,14 @@ class Importer:
             self._post_event(LeaseEnded(grant.lease_id))
             return
         pages = {"kv": expand(grant.kv_runs), "index": expand(grant.index_runs)}
-        machine = Inbound(grant, num_pages, self._has_checksums, self._config, self._control.clock)
+        num_checksums = sum(region.num_layers for region in self._regions.values())
+        machine = Inbound(
+            grant,
+            num_pages,
+            num_checksums if self._has_checksums else 0,
+            self._config,
+            self._control.clock,
+        )
         lease = _Lease(machine, peer, pages)
         self._leases[grant.lease_id] = self._by_key[key] = lease
         for action in machine.begin():
@@ -351,20 +358,15 @@ class Importer:
             self._post_event(action.event)
 
     def _start_verify(self, lease: _Lease, action: StartVerify) -> None:
-        parts = [(self._regions[name], lease.pages[name]) for name in self._regions]
-        pages = [
-            [
-                segment
-                for region, ids in parts
-                for segment in page_segments(region, ids[action.first_page + offset])
-            ]
-            for offset in range(action.num_pages)
-        ]
+        first, end = action.first_page, action.first_page + action.num_pages
+        parts = layer_parts(
+            [(region, lease.pages[name][first:end]) for name, region in self._regions.items()]
+        )
         on_end = partial(self._on_verify_end, lease, action.sequence, action.tries)
         self._mover.verify(
             VerifyJob(
                 owner=(lease.machine.lease_id, "verify"),
-                pages=pages,
+                parts=parts,
                 expected=action.checksums,
                 on_end=on_end,
             )

@@ -133,12 +133,12 @@ class Inbound:
 
     Attributes:
         num_pages: pages of the prompt, all of which must arrive.
-        is_checked: whether chunks must carry checksums.
+        num_checksums: values a chunk must carry, one a layer; 0: none, nothing is verified.
     """
 
     grant: wire.Grant
     num_pages: int
-    is_checked: bool
+    num_checksums: int
     config: TransferSection
     clock: Clock
     state: InboundState = InboundState.RECEIVING
@@ -198,7 +198,7 @@ class Inbound:
             return
         self._check(chunk)
         self.arrivals[chunk.sequence] = arrival = _Arrival(chunk)
-        if self.is_checked:
+        if self.num_checksums:
             self._actions.append(
                 StartVerify(
                     chunk.sequence, chunk.tries, chunk.first_page, chunk.num_pages, chunk.checksums
@@ -216,10 +216,10 @@ class Inbound:
                 f"lease {self.lease_id}: chunk {chunk.sequence}, try {chunk.tries} has pages "
                 f"[{chunk.first_page}, {end}) of {self.num_pages}"
             )
-        if self.is_checked and len(chunk.checksums) != chunk.num_pages:
+        if self.num_checksums and len(chunk.checksums) != self.num_checksums:
             raise ProtocolError(
                 f"lease {self.lease_id}: {len(chunk.checksums)} checksums for "
-                f"{chunk.num_pages} pages"
+                f"{self.num_checksums} layers"
             )
 
     def _on_verified(self, event: Verified) -> None:

@@ -1,9 +1,11 @@
 """The one thread of a node that moves bytes and hashes them.
 
 Exporter and importer hand it jobs from the I/O thread; each job ends exactly once, by a call that
-runs on the I/O thread (through `post`). Jobs of one owner (a transfer) start in order; owners take
-turns, a slice of work each, so that none waits for another's whole prompt. Never spins: while
-something is in flight it sleeps `POLL_S` between looks, else it waits for a job.
+runs on the I/O thread (through `post`). Jobs of one owner (a transfer) are submitted in order, the
+next as soon as the one before is wholly submitted; owners take turns, a slice of work each, so that
+none waits for another's whole prompt. Submitting comes first, so that the wire is never idle: what
+is sent is hashed while it is under way, a slice at a time. Never spins: while something is in
+flight it sleeps `POLL_S` between looks, else it waits for a job.
 
 A write that has not ended after `write_timeout_s` counts as FAILED_UNKNOWN; its ticket is kept and
 polled until it does end. Limits on writes in flight hold for each peer, so that a dead one delays
@@ -15,13 +17,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from ..common.clock import Clock, MonotonicClock
 from ..common.config import TransferSection
 from ..common.errors import TransferError
-from .checksum import Segment, checksum
+from .checksum import checksum, num_bytes_of
+from .jobs import VerifyJob, WriteJob, WriteResult
 from .transport import Channel, Ticket, TicketStatus, Transport, Write
 
 _LOGGER = logging.getLogger(__name__)
@@ -29,41 +32,11 @@ _LOGGER = logging.getLogger(__name__)
 POLL_S = 0.0003
 _SLOW_POLL_S = 0.05
 """While only a peer that does not answer is waited for."""
-_SLICE_BYTES = 4 * 1024 * 1024
+_SLICE_BYTES = 1024 * 1024
+"""Hashed between two looks at what is in flight: about 0.1 ms."""
+_BATCH_BYTES = 1024 * 1024
+"""Small writes are submitted together up to so many bytes: one ticket, one look at it."""
 _MAX_JOBS = 65536
-
-Page = Sequence[Segment]
-"""The bytes of one page, in the order in which they are hashed."""
-
-
-@dataclass(frozen=True, slots=True)
-class WriteResult:
-    """How a write job ended. `checksums`: one a page, empty unless DONE with hashing asked for."""
-
-    status: TicketStatus
-    checksums: tuple[int, ...] = ()
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class WriteJob:
-    """Hash `pages` (none: no checksums), then execute `writes`."""
-
-    owner: Hashable
-    peer_data_address: str
-    writes: Sequence[Write]
-    pages: Sequence[Page]
-    on_end: Callable[[WriteResult], None]
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyJob:
-    """Hash `pages` and compare with `expected`; ends with whether all are equal."""
-
-    owner: Hashable
-    pages: Sequence[Page]
-    expected: Sequence[int]
-    on_end: Callable[[bool], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -77,9 +50,11 @@ class _Flight:
 
 @dataclass(slots=True, eq=False)
 class _Writing:
-    """A write job that has begun."""
+    """A write job that is queued or has begun."""
 
     job: WriteJob
+    staged: Callable[[], bool] | None = None
+    """Asks whether the bytes are there; None once they are."""
     checksums: list[int] = field(default_factory=list)
     num_submitted: int = 0
     flights: list[_Flight] = field(default_factory=list)
@@ -89,6 +64,15 @@ class _Writing:
     @property
     def is_submitted(self) -> bool:
         return self.failure is not None or self.num_submitted == len(self.job.writes)
+
+    @property
+    def is_hashed(self) -> bool:
+        return self.failure is not None or len(self.checksums) == len(self.job.parts)
+
+    def check_staged(self) -> bool:
+        if self.staged is not None and self.staged():
+            self.staged = None
+        return self.staged is None
 
     def fail(self, status: TicketStatus, reason: str) -> None:
         if self.failure is not TicketStatus.FAILED_UNKNOWN:
@@ -183,6 +167,7 @@ class Mover:
                     call()
                 self._land()
                 self._turn()
+                self._hash_some()
         except Exception as error:
             _LOGGER.critical("the mover stops", exc_info=error)
             if self._on_fatal is not None:
@@ -194,20 +179,36 @@ class Mover:
             if not self._inbox and not self._is_stopping and not self._has_work():
                 is_idle = not self._queues and not self._abandoned
                 slow_s = None if is_idle else _SLOW_POLL_S
-                self._wakeup.wait(POLL_S if self._num_in_flight else slow_s)
+                is_fast = self._num_in_flight or self._is_staging()
+                self._wakeup.wait(POLL_S if is_fast else slow_s)
             return not self._is_stopping
 
     def _has_work(self) -> bool:
         """Whether a turn would hash or submit something."""
-        return any(self._can_go_on(queue[0]) for queue in self._queues.values())
+        if any(self._can_go_on(queue[0]) for queue in self._queues.values()):
+            return True
+        return next(self._unhashed(), None) is not None
+
+    def _is_staging(self) -> bool:
+        heads = [queue[0] for queue in self._queues.values()]
+        return any(
+            isinstance(task, _Writing) and task.staged is not None for task in heads + self._flying
+        )
 
     def _can_go_on(self, task: _Writing | _Verifying) -> bool:
         if isinstance(task, _Verifying) or task.is_submitted:
             return True
-        if len(task.checksums) < len(task.job.pages):
-            return True
         address = task.job.peer_data_address
-        return self._room(address) > 0 and not isinstance(self._channels.get(address), float)
+        has_room = self._room(address) > 0 and not isinstance(self._channels.get(address), float)
+        return has_room and task.check_staged()
+
+    def _unhashed(self) -> Iterator[_Writing]:
+        """Tasks whose bytes may be hashed and are not yet; those that will end first come first."""
+        yield from (task for task in self._flying if not task.is_hashed)
+        for queue in self._queues.values():
+            head = queue[0]
+            if isinstance(head, _Writing) and head.num_submitted and not head.is_hashed:
+                yield head
 
     def _room(self, address: str) -> int:
         return self._config.max_writes_in_flight - self._num_in_flight.get(address, 0)
@@ -222,6 +223,8 @@ class Mover:
             self._report(task, WriteResult(TicketStatus.FAILED_DRAINED, reason="too many jobs"))
             return
         self._num_jobs += 1
+        if isinstance(task, _Writing) and task.job.stage is not None:
+            task.staged = task.job.stage()
         self._queues.setdefault(owner, deque()).append(task)
 
     def _cancel(self, owner: Hashable) -> None:
@@ -254,30 +257,35 @@ class Mover:
     def _hash_and_compare(self, task: _Verifying) -> bool:
         """Hashes one slice; True once the job has ended."""
         job = task.job
-        is_good = len(job.pages) == len(job.expected)
+        is_good = len(job.parts) == len(job.expected)
         num_bytes = 0
-        while is_good and task.num_hashed < len(job.pages) and num_bytes < _SLICE_BYTES:
-            page = job.pages[task.num_hashed]
-            is_good = checksum(page) == job.expected[task.num_hashed]
-            num_bytes += sum(size for _, size in page)
+        while is_good and task.num_hashed < len(job.parts) and num_bytes < _SLICE_BYTES:
+            part = job.parts[task.num_hashed]
+            is_good = checksum(part) == job.expected[task.num_hashed]
+            num_bytes += num_bytes_of(part)
             task.num_hashed += 1
-        if is_good and task.num_hashed < len(job.pages):
+        if is_good and task.num_hashed < len(job.parts):
             return False
         if not is_good:
             self.num_mismatches += 1
         self._post(lambda: job.on_end(is_good))
         return True
 
+    def _hash_some(self) -> None:
+        """One slice of what is under way."""
+        task = next(self._unhashed(), None)
+        if task is None:
+            return
+        num_bytes = 0
+        while not task.is_hashed and num_bytes < _SLICE_BYTES:
+            part = task.job.parts[len(task.checksums)]
+            task.checksums.append(checksum(part))
+            num_bytes += num_bytes_of(part)
+        if task.is_hashed and task in self._flying:
+            self._land_one(task)
+
     def _advance(self, task: _Writing) -> bool:
-        """Hashes or submits one slice; True once everything is submitted, or it has failed."""
-        job = task.job
-        if not task.is_submitted and len(task.checksums) < len(job.pages):
-            num_bytes = 0
-            while len(task.checksums) < len(job.pages) and num_bytes < _SLICE_BYTES:
-                page = job.pages[len(task.checksums)]
-                task.checksums.append(checksum(page))
-                num_bytes += sum(size for _, size in page)
-            return False
+        """Submits one batch; True once everything is submitted, or it has failed."""
         if not task.is_submitted:
             self._submit(task)
         if task.is_submitted:
@@ -294,15 +302,25 @@ class Mover:
             del self._channels[address]
             task.fail(TicketStatus.FAILED_DRAINED, str(channel))
             return
-        count = min(self._room(address), len(task.job.writes) - task.num_submitted)
-        if count > 0:
-            writes = task.job.writes[task.num_submitted : task.num_submitted + count]
+        writes = self._next_batch(task, self._room(address))
+        if writes:
             ticket = self._transport.submit(channel, writes)
             deadline_s = self._clock.now() + self._config.write_timeout_s
-            task.flights.append(_Flight(ticket, count, deadline_s))
-            task.num_submitted += count
-            self._num_in_flight[address] = self._num_in_flight.get(address, 0) + count
+            task.flights.append(_Flight(ticket, len(writes), deadline_s))
+            task.num_submitted += len(writes)
+            in_flight = self._num_in_flight.get(address, 0)
+            self._num_in_flight[address] = in_flight + len(writes)
             self.bytes_written += sum(write.num_bytes for write in writes)
+
+    def _next_batch(self, task: _Writing, max_writes: int) -> list[Write]:
+        batch: list[Write] = []
+        num_bytes = 0
+        for write in task.job.writes[task.num_submitted : task.num_submitted + max_writes]:
+            batch.append(write)
+            num_bytes += write.num_bytes
+            if num_bytes >= _BATCH_BYTES or 4 * len(batch) >= self._config.max_writes_in_flight:
+                break
+        return batch
 
     def _channel(self, address: str) -> Channel | TransferError | float:
         if address not in self._channels:
@@ -351,7 +369,7 @@ class Mover:
 
     def _land_one(self, task: _Writing) -> None:
         self._poll(task)
-        if task.flights:
+        if task.flights or not task.is_hashed or not task.check_staged():
             return
         self._flying.remove(task)
         if task.failure is not None:

@@ -39,7 +39,7 @@ from .events import (
     ExportRequest,
     ExportUnquarantined,
 )
-from .mover import WriteResult
+from .jobs import WriteResult
 from .transport import TicketStatus
 
 

@@ -78,9 +78,19 @@ def _common_runs(left: Sequence[int], right: Sequence[int]) -> Iterator[tuple[in
             start = end
 
 
-def page_segments(region: Region, page: int) -> Iterator[Segment]:
-    """Yields (address, bytes) of one page in every layer of a region."""
-    stride = region.num_pages * region.page_bytes
-    address = region.base_address + page * region.page_bytes
-    for layer in range(region.num_layers):
-        yield address + layer * stride, region.page_bytes
+def layer_parts(regions: Sequence[tuple[Region, Sequence[int]]]) -> list[list[Segment]]:
+    """The bytes that one checksum covers each: a layer of a region, its pages in order.
+
+    Equal for the same pages wherever they lie, so that source and target compare.
+
+    Args:
+        regions: each with the pages in it.
+    """
+    parts: list[list[Segment]] = []
+    for region, pages in regions:
+        size = region.page_bytes
+        runs = [(first * size, count * size) for first, _, count in _common_runs(pages, pages)]
+        for layer in range(region.num_layers):
+            base = region.base_address + layer * region.num_pages * size
+            parts.append([(base + start, num_bytes) for start, num_bytes in runs])
+    return parts

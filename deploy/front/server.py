@@ -57,6 +57,8 @@ class FrontServer:
         self._api_keys = read_api_keys(keys_file) if keys_file else ()
         self.service = FrontService(config, tokenizer, model, control, front_id=front_id)
         self._config = config.front
+        self._shares_port = config.cluster.fronts > 1
+        self._number = int(front_id.rpartition("-")[2]) if self._shares_port else 0
         self._uvicorn: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self.port = 0
@@ -70,10 +72,14 @@ class FrontServer:
     async def start(self) -> str:
         """Binds the port, starts everything on the running loop, returns the URL.
 
-        ConfigError if the port cannot be bound.
+        One of several fronts also binds the port behind the shared one that has its number.
+        ConfigError if a port cannot be bound.
         """
-        listener = listen(self._config.host, self._config.port)
-        self.port = listener.getsockname()[1]
+        listeners = [listen(self._config.host, self._config.port, is_shared=self._shares_port)]
+        self.port = listeners[0].getsockname()[1]
+        if self._shares_port:
+            own_port = self.port + 1 + self._number
+            listeners.append(listen(self._config.host, own_port))
         settings = uvicorn.Config(
             create_app(self.service, self._api_keys),
             log_config=None,
@@ -85,7 +91,7 @@ class FrontServer:
         )
         await self.service.start()
         self._uvicorn = _Uvicorn(settings)
-        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[listener]))
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=listeners))
         async with asyncio.timeout(START_TIMEOUT_S):
             while not self._uvicorn.started:
                 if self._serving.done():
@@ -184,8 +190,10 @@ class ThreadedServer:
         self._loop.close()
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     """Returns a listening socket; ConfigError if the port cannot be had.
+
+    `is_shared`: other sockets that say the same may have it too.
 
     asyncio sets TCP_NODELAY only on sockets that say their protocol is TCP; without it every
     answer in two writes waits 40 ms for the client's delayed acknowledgement.
@@ -194,6 +202,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
     except (OSError, OverflowError) as error:

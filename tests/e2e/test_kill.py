@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -109,12 +110,14 @@ def test_a_killed_front_comes_back_at_its_port_and_nothing_leaks() -> None:
         stream.start()
         assert stream.started.wait(30.0)
         url = cluster.url
-        os.kill(ray.get(cluster.front.pid.remote(), timeout=10.0), signal.SIGKILL)
+        os.kill(
+            ray.get(cluster.fronts.actors["front-0"].pid.remote(), timeout=10.0), signal.SIGKILL
+        )
         stream.join(10.0)
         assert isinstance(stream.failure, httpx.HTTPError), "the client gets a reset"
 
         def is_back() -> bool:
-            cluster.keep_front()
+            cluster.keep_fronts()
             try:
                 return is_healthy(cluster)
             except httpx.HTTPError:
@@ -123,4 +126,27 @@ def test_a_killed_front_comes_back_at_its_port_and_nothing_leaks() -> None:
         wait_until(is_back, 40.0, "the front to be back")
         assert cluster.url == url
         assert complete(cluster, prompt, model=MODEL, max_tokens=5, ignore_eos=True)["choices"]
+        assert_settles_empty(cluster)
+
+
+def test_the_next_request_works_at_once_when_one_of_two_fronts_is_killed() -> None:
+    prompt = make_prompt(300, seed=24).token_ids
+    with running(demo_config({"cluster.name": "two-fronts", "cluster.fronts": 2})) as cluster:
+        expected = token_ids(
+            complete(cluster, prompt, model=MODEL, max_tokens=200, ignore_eos=True)
+        )
+        streams = [Stream(cluster, prompt, 200) for _ in range(6)]
+        for stream in streams:
+            stream.start()
+        for stream in streams:
+            assert stream.started.wait(60.0)
+        pid = ray.get(cluster.fronts.actors["front-0"].pid.remote(), timeout=10.0)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10.0, "the front's end")
+        for _ in range(8):
+            answer = complete(cluster, prompt, model=MODEL, max_tokens=3, ignore_eos=True)
+            assert token_ids(answer) == expected[:3]
+        for stream in streams:
+            stream.join(STREAM_TIMEOUT_S)
+            assert stream.failure is not None or stream.tokens == expected
         assert_settles_empty(cluster)

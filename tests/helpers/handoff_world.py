@@ -22,7 +22,7 @@ from tidepool.transfer import events
 from tidepool.transfer.events import ExportRequest, Key
 from tidepool.transfer.exporter import Exporter
 from tidepool.transfer.importer import Importer
-from tidepool.transfer.mover import VerifyJob, WriteJob, WriteResult
+from tidepool.transfer.jobs import Part, VerifyJob, WriteJob, WriteResult
 from tidepool.transfer.session import Handler, Peer
 from tidepool.transfer.transport import TicketStatus
 
@@ -46,6 +46,16 @@ def hello(node_id: str, role: wire.Role, epoch: int, region: wire.Region) -> wir
         data_address=f"data:{node_id}:{epoch}",
         regions=(region,),
     )
+
+
+def fake_checksum(part: Part, base: int, tag_of: dict[int, int]) -> int:
+    """A value that tells the tags of the part's pages apart, in order."""
+    pages = [
+        (address + offset - base) // PAGE_BYTES
+        for address, num_bytes in part
+        for offset in range(0, num_bytes, PAGE_BYTES)
+    ]
+    return hash(tuple(tag_of[page] for page in pages)) % 2**64
 
 
 class FakeControl:
@@ -291,9 +301,7 @@ class World:
         if self.target_of(job) is None and status is TicketStatus.DONE:
             status = TicketStatus.FAILED_UNKNOWN
         tags = self.tags_of(job)
-        checksums = tuple(
-            self.source_tag[(page[0][0] - (1 << 20)) // PAGE_BYTES] for page in job.pages
-        )
+        checksums = tuple(fake_checksum(part, 1 << 20, self.source_tag) for part in job.parts)
         if status is TicketStatus.DONE:
             if is_bad:
                 tags = dict.fromkeys(tags, -1)
@@ -315,7 +323,7 @@ class World:
 
     def verify(self, index: int) -> None:
         job = self.d.mover.verifies.pop(index)
-        actual = [self.target_tag[(page[0][0] - (2 << 20)) // PAGE_BYTES] for page in job.pages]
+        actual = [fake_checksum(part, 2 << 20, self.target_tag) for part in job.parts]
         job.on_end(actual == list(job.expected))
         self.flush(self.d)
 

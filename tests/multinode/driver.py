@@ -2,10 +2,11 @@
 
     {"op": "audit"}                          -> {"decode-0": {...stats}, "prefill-0": {"error": ...}}
     {"op": "info"}                           -> {"decode-0": {...info}, ...}
+    {"op": "fronts"}                         -> {"front-0": {"pid": its process there}, ...}
     {"op": "alive"}                          -> {"nodes": number of machines Ray believes in}
     {"op": "stop"}                           -> {"stopped": true}, and the process ends
 
-Started by ray_cluster.RayCluster; its first line tells the front's URL. Every call has a bound, so a
+Started by ray_cluster.RayCluster; its first line tells the fronts' URL. Every call has a bound, so a
 node that cannot be reached costs CALL_TIMEOUT_S and is reported as an error.
 """
 
@@ -31,7 +32,7 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     cluster = start(parse(settings), address=sys.argv[2], log_to_driver=False)
     say({"url": cluster.url})
-    threading.Thread(target=keep_front, args=(cluster,), daemon=True).start()
+    threading.Thread(target=keep_fronts, args=(cluster,), daemon=True).start()
     for line in sys.stdin:
         request = json.loads(line)
         if request["op"] == "stop":
@@ -41,17 +42,18 @@ def main() -> None:
         say(answer(cluster, request["op"]))
 
 
-def keep_front(cluster: Cluster) -> None:
+def keep_fronts(cluster: Cluster) -> None:
     while True:
         time.sleep(KEEP_INTERVAL_S)
-        cluster.keep_front()
+        cluster.keep_fronts()
 
 
 def answer(cluster: Cluster, operation: str) -> dict[str, Any]:
     if operation == "alive":
         return {"nodes": sum(node["Alive"] for node in ray.nodes())}
-    if operation == "front":
-        return {"pid": _get(cluster.front.pid.remote())}
+    if operation == "fronts":
+        pids = {name: actor.pid.remote() for name, actor in cluster.fronts.actors.items()}
+        return {name: {"pid": _get(pid)} for name, pid in pids.items()}
     method = {"audit": "audit", "info": "info"}[operation]
     calls = {node_id: getattr(actor, method).remote() for node_id, actor in cluster.nodes.items()}
     return {node_id: _get(call) for node_id, call in calls.items()}

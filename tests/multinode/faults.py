@@ -168,10 +168,10 @@ class Faults:
         os.kill(pid, signal.SIGKILL)
         self.note(f"{node_id}: process killed")
 
-    def kill_front(self) -> None:
-        """kill -9 of the front's process."""
-        os.kill(self.cluster.front_pid(), signal.SIGKILL)
-        self.note("front-0: process killed")
+    def kill_front(self, front_id: str = "front-0") -> None:
+        """kill -9 of a front's process."""
+        os.kill(self.cluster.front_pids()[front_id], signal.SIGKILL)
+        self.note(f"{front_id}: process killed")
 
     @contextmanager
     def stopped_actor(self, node_id: str) -> Iterator[None]:

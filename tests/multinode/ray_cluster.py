@@ -5,7 +5,7 @@
 
 One host for each entry; an entry names what runs there ("prefill-1 decode-1" for two nodes). The
 first is Ray's head, whose tables are on disk, so that a head that is restarted knows the cluster.
-The driver (driver.py) runs on the front's host. All is removed at the end, whatever happened.
+The driver (driver.py) runs on the fronts' host. All is removed at the end, whatever happened.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class RayCluster:
         self._driver: subprocess.Popen[str] | None = None
         node_ids = [name for each in self._roles.values() for name in each]
         self.node_ids = [name for name in node_ids if name.startswith(("prefill", "decode"))]
+        self.front_ids = [name for name in node_ids if name.startswith("front")]
         front = self.where("front-0")
         overrides = {
             **SETTINGS,
@@ -60,6 +61,7 @@ class RayCluster:
             "cluster.pinned": True,
             "cluster.prefill": sum(name.startswith("prefill") for name in node_ids),
             "cluster.decode": sum(name.startswith("decode") for name in node_ids),
+            "cluster.fronts": len(self.front_ids),
             "cluster.cpus_per_node": 0.1,
             "cluster.secret_file": self._write_secret(),
             "front.host": front.address,
@@ -192,13 +194,16 @@ class RayCluster:
         """The host of a node, the front or the head."""
         return next(host for host, names in self._roles.items() if name in names)
 
-    def view(self) -> dict[str, Any]:
-        """The front's /cluster."""
+    def view(self, number: int | None = None) -> dict[str, Any]:
+        """/cluster of a front; None: of whichever answers."""
+        url = self.url
+        if number is not None and len(self.front_ids) > 1:
+            url = url.replace(f":{FRONT_PORT}", f":{FRONT_PORT + 1 + number}")
         with self.network.client_side():
-            return dict(httpx.get(f"{self.url}/cluster", timeout=5.0).json())
+            return dict(httpx.get(f"{url}/cluster", timeout=5.0).json())
 
     def node_states(self) -> dict[str, str]:
-        """ "up", "down", ... of each node, as the front sees it."""
+        """ "up", "down", ... of each node, as a front sees it."""
         return {node["node_id"]: node["state"] for node in self.view()["nodes"]}
 
     def pid(self, node_id: str) -> int:
@@ -206,19 +211,28 @@ class RayCluster:
         node = next(each for each in self.view()["nodes"] if each["node_id"] == node_id)
         return self.where(node_id).pid_of(node["pid"])
 
-    def front_pid(self) -> int:
-        """The machine's id of the front's process."""
-        return self.where("front-0").pid_of(self.ask("front")["pid"])
+    def front_pids(self) -> dict[str, int]:
+        """The machine's ids of the fronts' processes; those that answer."""
+        answers = self.ask("fronts")
+        host = self.where("front-0")
+        pids = {name: each["pid"] for name, each in answers.items()}
+        return {name: host.pid_of(pid) for name, pid in pids.items() if isinstance(pid, int)}
+
+    def census(self) -> dict[str, tuple[int, int]]:
+        """Sockets and threads of every node and front."""
+        pids = {node_id: self.pid(node_id) for node_id in self.node_ids} | self.front_pids()
+        return {name: self.where(name).sockets_and_threads(pid) for name, pid in pids.items()}
 
     def wait_until_ready(self, timeout_s: float) -> float:
-        """Until the front sees every node up."""
+        """Until every front sees every node up."""
 
         def is_ready() -> bool:
             try:
-                states = self.node_states()
+                views = [self.view(number) for number in range(len(self.front_ids))]
             except httpx.HTTPError:
                 return False
-            return all(states.get(node_id) == "up" for node_id in self.node_ids)
+            states = [{node["node_id"]: node["state"] for node in view["nodes"]} for view in views]
+            return all(each.get(node_id) == "up" for each in states for node_id in self.node_ids)
 
         return wait_for(is_ready, timeout_s, "all nodes to be up")
 

@@ -157,14 +157,22 @@ def test_a_node_that_ray_calls_dead_is_used_while_it_lives(
     faults.boot(host)
 
 
-def test_a_killed_front_is_back_at_its_port_and_nothing_leaks(
+def test_a_killed_front_costs_its_own_connections_and_no_other(
     cluster: RayCluster, answers: Answers, faults: Faults
 ) -> None:
-    streams = start_streams(cluster, [question(300, 50, 400)] * 4)
+    """Its clients hear a reset; streams of the other front and new requests notice nothing."""
+    asked = question(300, 50, 400)
+    expected = answers.of(asked)
+    streams = start_streams(cluster, [asked] * 8)
     wait_for_tokens(streams)
-    faults.kill_front()
-    join(streams)
-    assert {(stream.error or {}).get("code") for stream in streams} == {"connection"}
+    faults.kill_front("front-0")
+    new = start_streams(cluster, [question(300, 50, 20)] * 8)
+    join([*streams, *new])
+    assert [stream.error for stream in new] == [None] * 8
+    assert all(stream.tokens == expected[:20] for stream in new)
+    assert {(stream.error or {}).get("code") for stream in streams} <= {"connection", None}
+    assert all(stream.error or stream.tokens == expected for stream in streams)
+    wait_for(lambda: len(cluster.front_ids) == len(cluster.front_pids()), 60.0, "the front")
     cluster.wait_until_ready(60.0)
     traffic = Traffic(cluster, answers)
     traffic.begin()
@@ -172,12 +180,6 @@ def test_a_killed_front_is_back_at_its_port_and_nothing_leaks(
 
 
 def test_clients_that_leave_leave_nothing_behind(cluster: RayCluster, faults: Faults) -> None:
-    def census() -> dict[str, tuple[int, int]]:
-        """Sockets and threads of every node and the front."""
-        pids = {node_id: cluster.pid(node_id) for node_id in cluster.node_ids}
-        pids["front-0"] = cluster.front_pid()
-        return {name: cluster.where(name).sockets_and_threads(pid) for name, pid in pids.items()}
-
     rng = random.Random(5)
 
     def leave(count: int) -> None:
@@ -190,7 +192,7 @@ def test_clients_that_leave_leave_nothing_behind(cluster: RayCluster, faults: Fa
 
     leave(12)  # pools of threads and connections grow to their size
     cluster.assert_settles()
-    before = census()
+    before = cluster.census()
     for _ in range(4):
         faults.note("twelve clients come and go")
         leave(12)
@@ -202,10 +204,10 @@ def test_clients_that_leave_leave_nothing_behind(cluster: RayCluster, faults: Fa
     )
 
     def is_back() -> bool:
-        now = census()
+        now = cluster.census()
         return all(now[name] <= before[name] and now[name][1] <= before[name][1] for name in before)
 
     try:
         wait_for(is_back, 30.0, "sockets and threads")
     except AssertionError as error:
-        raise AssertionError(f"(sockets, threads) were {before}, are {census()}") from error
+        raise AssertionError(f"(sockets, threads) were {before}, are {cluster.census()}") from error

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tidepool.common.errors import ProtocolError
 from tidepool.common.wire import PageRun, Region
 from tidepool.transfer.checksum import checksum
-from tidepool.transfer.pages import check_regions, check_runs, expand, page_segments, plan_writes
+from tidepool.transfer.pages import check_regions, check_runs, expand, layer_parts, plan_writes
 
 REGION = Region("kv", 0, 1, 10, 4)
 
@@ -61,14 +61,23 @@ def test_the_planned_writes_copy_every_page_of_every_layer(data: st.DataObject) 
     for write in plan_writes(source, target, source_pages, target_pages, limit):
         assert write.num_bytes <= limit
         ctypes.memmove(write.target, write.source, write.num_bytes)
-    for source_page, target_page in zip(source_pages, target_pages, strict=True):
-        assert checksum(page_segments(source, source_page)) == checksum(
-            page_segments(target, target_page)
-        )
-    written = set(target_pages)
-    for page in set(range(15)) - written:
-        for address, size in page_segments(target, page):
+    source_parts = layer_parts([(source, source_pages)])
+    target_parts = layer_parts([(target, target_pages)])
+    assert len(source_parts) == num_layers
+    assert [checksum(part) for part in source_parts] == [checksum(part) for part in target_parts]
+    unwritten = sorted(set(range(15)) - set(target_pages))
+    for part in layer_parts([(target, unwritten)]):
+        for address, size in part:
             assert ctypes.string_at(address, size) == bytes(size)
+
+
+def test_parts_are_the_layers_of_each_region_with_contiguous_pages_joined() -> None:
+    kv, index = Region("kv", 1000, 2, 10, 4), Region("index", 5000, 1, 20, 3)
+    assert layer_parts([(kv, [1, 2, 7]), (index, [5, 4])]) == [
+        [(1004, 8), (1028, 4)],
+        [(1044, 8), (1068, 4)],
+        [(5015, 3), (5012, 3)],
+    ]
 
 
 def test_a_checksum_is_xxh3_64_over_all_segments_in_order() -> None:

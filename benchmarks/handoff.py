@@ -1,0 +1,418 @@
+"""How fast does a prompt's KV go from a prefill process to a decode process?
+
+    python benchmarks/handoff.py --out docs/reports
+
+Two processes on this machine with the hand-off as nodes run it (control loops, exporter, importer,
+movers, Mooncake over TCP) and no model. Prompts of TOKENS tokens of DeepSeek-V3.2's layout: --layers
+layers of KV rows (656 B, or 1152 B) and of indexer keys (132 B), in pages of 64 tokens.
+
+* Rate: from the moment all pages are ready to the moment prefill knows that decode has verified
+  them; GB/s, writes and bytes a write, with checksums and without, on the pages that a soak of the
+  pools leaves (one run; the median, 95th percentile and worst number of runs). In the same run and
+  round by round beside it: the bare engine with 1 MiB blocks between the same two processes, and a
+  plain socket (8 MiB sends, one connection).
+* Overlap: a prompt of LONG_TOKENS tokens in chunks of --chunk tokens, each ready when the one before
+  has had 1.3 times its transfer time; from the last one's being ready to READY on decode, in
+  transfer times of a chunk.
+
+Figures are medians of --rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import mmap
+import multiprocessing
+import os
+import queue
+import random
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tidepool.common import wire
+from tidepool.common.config import TransferSection
+from tidepool.hostpool.pages import OwnerKind, PageAllocator, PageLease
+from tidepool.transfer.control import ControlLoop
+from tidepool.transfer.events import (
+    ExportDone,
+    ExportGranted,
+    ExportReleased,
+    ExportRequest,
+    ImportReady,
+    OfferArrived,
+)
+from tidepool.transfer.exporter import Exporter
+from tidepool.transfer.importer import Importer
+from tidepool.transfer.mooncake import MooncakeTransport
+from tidepool.transfer.mover import Mover
+from tidepool.transfer.pages import plan_writes
+from tidepool.transfer.transport import TicketStatus, Write
+
+HOST = "127.0.0.1"
+PAGE_SIZE, INDEX_TOKEN_BYTES = 64, 132
+TOKENS, LONG_TOKENS = 8192, 32768
+POOL_PAGES, SOURCE_PAGES, MAX_PROMPTS, SOAK_STEPS = 4096, 1024, 8, 6000
+COMPUTE_SHARE = 1.3
+"""A chunk's compute time, in transfer times of a chunk."""
+SOCKET_BYTES = 8 << 20
+TOKEN = wire.OutputToken(5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table row: which pages, which checksums."""
+
+    pages: str
+    has_checksums: bool
+
+
+def probes(num_pages: int, max_live: int) -> Iterator[list[int]]:
+    """Pages that a request of TOKENS tokens gets while a pool is in use.
+
+    Requests of log-normal length (median 3,500 tokens) come and, when the pool or `max_live` is
+    full, one chosen at random goes.
+    """
+    chance = random.Random(1)
+    allocator = PageAllocator(num_pages)
+    live: list[PageLease] = []
+    for step in range(SOAK_STEPS):
+        count = max(1, min(num_pages // 4, int(chance.lognormvariate(4.0, 1.2))))
+        while len(live) >= max_live or count > allocator.num_free:
+            live.pop(chance.randrange(len(live))).release(OwnerKind.REQUEST)
+        lease = allocator.try_acquire(count, OwnerKind.REQUEST)
+        assert lease is not None
+        live.append(lease)
+        probe = allocator.try_acquire(TOKENS // PAGE_SIZE, OwnerKind.REQUEST)
+        if probe is not None and step > SOAK_STEPS // 2:
+            yield probe.pages
+        if probe is not None:
+            probe.release(OwnerKind.REQUEST)
+
+
+def soak() -> dict[str, tuple[list[int], list[int]]]:
+    """(source pages, target pages): one run, and what soaks of both pools leave.
+
+    Decode's pool is full but for a request; prefill's holds at most MAX_PROMPTS prompts.
+    """
+    source = sorted(probes(SOURCE_PAGES, MAX_PROMPTS), key=num_runs)
+    target = sorted(probes(POOL_PAGES, POOL_PAGES), key=num_runs)
+    plain = list(range(TOKENS // PAGE_SIZE))
+    plans = {"one run": (plain, plain)}
+    for name, share in (("median", 0.5), ("95th percentile", 0.95), ("worst", 1.0)):
+        plans[name] = tuple(  # type: ignore[assignment]
+            pages[min(int(len(pages) * share), len(pages) - 1)] for pages in (source, target)
+        )
+    return plans
+
+
+def num_runs(pages: list[int]) -> int:
+    return 1 + sum(b != a + 1 for a, b in itertools.pairwise(pages))
+
+
+def allocate(num_bytes: int) -> tuple[mmap.mmap, int]:
+    """Memory that is resident only where it is used."""
+    memory = mmap.mmap(-1, num_bytes)
+    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class End:
+    """One node's side of the hand-off, without engines."""
+
+    def __init__(
+        self, role: wire.Role, layers: int, row_bytes: int, *, has_checksums: bool
+    ) -> None:
+        kv_page, index_page = PAGE_SIZE * row_bytes, PAGE_SIZE * INDEX_TOKEN_BYTES
+        self._memory, base = allocate(layers * POOL_PAGES * (kv_page + index_page))
+        self.regions = (
+            wire.Region("kv", base, layers, POOL_PAGES, kv_page),
+            wire.Region(
+                "index", base + layers * POOL_PAGES * kv_page, layers, POOL_PAGES, index_page
+            ),
+        )
+        self.transport = MooncakeTransport(HOST)
+        self.transport.register(base, layers * POOL_PAGES * (kv_page + index_page))
+        self.config = TransferSection(checksums="on" if has_checksums else "off")
+        self.control = ControlLoop(
+            role,
+            role,
+            time.time_ns(),
+            layout_hash="benchmark",
+            data_address=self.transport.data_address,
+            regions=self.regions,
+            config=self.config,
+        )
+        self.mover = Mover(self.transport, self.config, self.control.post)
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        kind: Any = Exporter if role == "prefill" else Importer
+        self.side: Any = kind(
+            self.control,
+            self.mover,
+            self.regions,
+            self.config,
+            has_checksums=has_checksums,
+            post_event=self.events.put,
+        )
+        self.mover.start()
+        self.control.start(self.side)
+
+    def wait_for(self, kind: type) -> Any:
+        while not isinstance(event := self.events.get(timeout=60), kind):
+            pass
+        return event
+
+
+def serve_decode(pipe: Connection, layers: int, row_bytes: int, has_checksums: bool) -> None:
+    """The decode process: grants what the pipe says, and tells when a request is READY."""
+    end = End("decode", layers, row_bytes, has_checksums=has_checksums)
+    sink = socket.create_server((HOST, 0))
+    threading.Thread(target=drain, args=(sink,), daemon=True).start()
+    region = end.regions[0]
+    pipe.send(
+        (
+            end.control.address,
+            end.transport.data_address,
+            region.base_address,
+            sink.getsockname()[1],
+        )
+    )
+    while (pages := pipe.recv()) is not None:
+        offer = end.wait_for(OfferArrived).offer
+        runs = tuple(wire.PageRun(page, 1) for page in pages)
+        end.side.grant((offer.request_id, offer.attempt), runs, runs, len(pages))
+        end.wait_for(ImportReady)
+        pipe.send(time.monotonic())
+    os._exit(0)  # the mapping is still exported through ctypes
+
+
+def drain(server: socket.socket) -> None:
+    """Reads whatever comes; one byte back for each SOCKET_BYTES."""
+    buffer = bytearray(SOCKET_BYTES)
+    while True:
+        connection, _ = server.accept()
+        while True:
+            got = 0
+            while got < SOCKET_BYTES:
+                count = connection.recv_into(memoryview(buffer)[got:])
+                if count == 0:
+                    break
+                got += count
+            if got < SOCKET_BYTES:
+                break
+            connection.send(b".")
+
+
+class Bench:
+    """The prefill process, and what it knows of the other."""
+
+    def __init__(self, layers: int, row_bytes: int, *, has_checksums: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.peer = context.Process(
+            target=serve_decode, args=(theirs, layers, row_bytes, has_checksums)
+        )
+        self.peer.start()
+        self.end = End("prefill", layers, row_bytes, has_checksums=has_checksums)
+        self.address, data_address, self.target, port = self.pipe.recv()
+        self.channel = self.end.transport.open(data_address)
+        self.socket = socket.create_connection((HOST, port))
+        self.number = 0
+        self.page_bytes = sum(each.num_layers * each.page_bytes for each in self.end.regions)
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.peer.join(20)
+        self.end.control.stop()
+        self.end.mover.stop()
+        self.end.transport.close()
+
+    def offer(self, target_pages: list[int], num_tokens: int) -> tuple[str, int]:
+        self.number += 1
+        key = (str(self.number), 0)
+        self.pipe.send(target_pages)
+        sampling = wire.Sampling(max_tokens=1)
+        self.end.side.offer(
+            ExportRequest(*key, num_tokens, sampling, "front", "decode", self.address)
+        )
+        self.end.wait_for(ExportGranted)
+        return key
+
+    def send(self, source_pages: list[int], target_pages: list[int]) -> float:
+        """Seconds until prefill knows that all pages are verified; all are ready at once."""
+        key = self.offer(target_pages, len(source_pages) * PAGE_SIZE)
+        begin = time.perf_counter()
+        self.end.side.pages_ready(key, 0, source_pages)
+        self.end.side.commit(key, TOKEN)
+        self.end.wait_for(ExportDone)
+        took = time.perf_counter() - begin
+        self.finish()
+        return took
+
+    def send_chunks(
+        self, num_pages: int, chunk_pages: int, compute_s: float
+    ) -> tuple[float, float]:
+        """(seconds from the last chunk's being ready to READY, seconds from the first one's)."""
+        pages = list(range(num_pages))
+        key = self.offer(pages, num_pages * PAGE_SIZE)
+        first_s = time.monotonic()
+        for first in range(0, num_pages, chunk_pages):
+            if first:
+                time.sleep(compute_s)
+            last_s = time.monotonic()
+            self.end.side.pages_ready(key, first, pages[first : first + chunk_pages])
+        self.end.side.commit(key, TOKEN)
+        ready_s = self.pipe.recv()
+        self.end.wait_for(ExportReleased)
+        return ready_s - last_s, ready_s - first_s
+
+    def finish(self) -> None:
+        self.end.wait_for(ExportReleased)
+        self.pipe.recv()
+
+    def raw(self, num_bytes: int, block: int = 1 << 20, in_flight: int = 8) -> float:
+        """Seconds the bare engine takes for `num_bytes` in blocks."""
+        source = self.end.regions[0].base_address
+        writes = deque(
+            Write(source + at, self.target + at, min(block, num_bytes - at))
+            for at in range(0, num_bytes, block)
+        )
+        transport, flying = self.end.transport, deque[Any]()
+        begin = time.perf_counter()
+        while writes or flying:
+            while writes and len(flying) < in_flight:
+                flying.append(transport.submit(self.channel, [writes.popleft()]))
+            status = transport.poll(flying[0])
+            if status is TicketStatus.DONE:
+                flying.popleft()
+            elif status is TicketStatus.PENDING:
+                time.sleep(0.0001)
+            else:
+                raise RuntimeError(f"a write ended {status.value}")
+        return time.perf_counter() - begin
+
+    def plain(self, num_bytes: int) -> float:
+        """Seconds for a plain socket, acknowledged each SOCKET_BYTES, two under way."""
+        base = self.end.regions[0].base_address
+        view = memoryview((ctypes.c_char * num_bytes).from_address(base)).cast("B")
+        begin = time.perf_counter()
+        blocks = num_bytes // SOCKET_BYTES
+        for number in range(blocks):
+            self.socket.sendall(view[number * SOCKET_BYTES : (number + 1) * SOCKET_BYTES])
+            if number:
+                self.socket.recv(1)
+        self.socket.recv(1)
+        return (time.perf_counter() - begin) * num_bytes / (blocks * SOCKET_BYTES)
+
+
+def rates(layers: int, row_bytes: int, rounds: int) -> list[dict[str, Any]]:
+    """One entry for each kind of pages and of checksums."""
+    rows: dict[Case, dict[str, Any]] = {}
+    plans = soak()
+    for has_checksums in (False, True):
+        bench = Bench(layers, row_bytes, has_checksums=has_checksums)
+        num_bytes = TOKENS // PAGE_SIZE * bench.page_bytes
+        for name, (source, target) in plans.items():
+            touch(bench.end.regions, source)
+            bench.send(source, target)
+            bench.raw(num_bytes)
+            ours, raw, plain = [], [], []
+            for _ in range(rounds):
+                raw.append(num_bytes / bench.raw(num_bytes) / 1e9)
+                ours.append(num_bytes / bench.send(source, target) / 1e9)
+                plain.append(num_bytes / bench.plain(num_bytes) / 1e9)
+            writes = [
+                write
+                for region in bench.end.regions
+                for write in plan_writes(
+                    region, region, source, target, bench.end.config.max_write_bytes
+                )
+            ]
+            rows[Case(name, has_checksums)] = {
+                "row_bytes": row_bytes,
+                **asdict(Case(name, has_checksums)),
+                "runs": [num_runs(source), num_runs(target)],
+                "writes": len(writes),
+                "bytes_a_write": num_bytes // len(writes),
+                "gb_s": statistics.median(ours),
+                "raw_gb_s": statistics.median(raw),
+                "socket_gb_s": statistics.median(plain),
+                "of_raw": statistics.median(a / b for a, b in zip(ours, raw, strict=True)),
+                "all": [ours, raw, plain],
+            }
+            print(
+                json.dumps(
+                    {k: v for k, v in rows[Case(name, has_checksums)].items() if k != "all"}
+                ),
+                flush=True,
+            )
+        bench.close()
+    return list(rows.values())
+
+
+def touch(regions: tuple[wire.Region, ...], pages: list[int]) -> None:
+    """Gives each page of the source bytes of its own."""
+    for region in regions:
+        for layer in range(region.num_layers):
+            for page in pages:
+                at = region.base_address + (layer * region.num_pages + page) * region.page_bytes
+                ctypes.memset(at, (layer * 7 + page) % 255, region.page_bytes)
+
+
+def overlap(layers: int, row_bytes: int, chunk_tokens: int, rounds: int) -> dict[str, Any]:
+    """How long after the last chunk a long prompt is READY, in transfer times of a chunk."""
+    bench = Bench(layers, row_bytes, has_checksums=True)
+    num_pages, chunk_pages = LONG_TOKENS // PAGE_SIZE, chunk_tokens // PAGE_SIZE
+    touch(bench.end.regions, list(range(num_pages)))
+    bench.send_chunks(num_pages, chunk_pages, 0.0)
+    tails = []
+    for _ in range(rounds):
+        _, whole_s = bench.send_chunks(num_pages, chunk_pages, 0.0)
+        chunk_s = whole_s * chunk_pages / num_pages
+        tail_s, _ = bench.send_chunks(num_pages, chunk_pages, COMPUTE_SHARE * chunk_s)
+        tails.append((tail_s / chunk_s, tail_s, chunk_s))
+    bench.close()
+    ratio, tail_s, chunk_s = sorted(tails)[len(tails) // 2]
+    return {
+        "chunk_tokens": chunk_tokens,
+        "chunk_mb": chunk_pages * bench.page_bytes / 1e6,
+        "chunk_ms": chunk_s * 1e3,
+        "tail_ms": tail_s * 1e3,
+        "tail_in_chunks": ratio,
+        "all": [each[0] for each in tails],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--layers", type=int, default=61)
+    parser.add_argument("--rows", type=int, nargs="+", default=[656, 1152])
+    parser.add_argument("--chunk", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {"rates": [], "overlap": []}
+    for row_bytes in arguments.rows:
+        found["rates"] += rates(arguments.layers, row_bytes, arguments.rounds)
+    for chunk_tokens in arguments.chunk:
+        row = overlap(arguments.layers, arguments.rows[0], chunk_tokens, arguments.rounds)
+        print(json.dumps(row), flush=True)
+        found["overlap"].append(row)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        stem = arguments.out / f"{date.today()}-handoff-cpu"
+        stem.with_suffix(".json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

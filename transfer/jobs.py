@@ -1,0 +1,51 @@
+"""What the mover is asked to do, and how it answers. Made by exporter and importer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from .checksum import Segment
+from .transport import TicketStatus, Write
+
+Part = Sequence[Segment]
+"""Bytes that are hashed to one value, in this order: a chunk's pages in one layer."""
+
+Stage = Callable[[], Callable[[], bool]]
+"""Starts what must happen before a job's bytes may be read, without waiting for it; what it returns
+tells, without waiting, whether it has happened. Both are called on the mover's thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """How a write job ended. `checksums`: one a part, empty unless DONE with hashing asked for."""
+
+    status: TicketStatus
+    checksums: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteJob:
+    """Execute `writes`, and hash `parts` (none: no checksums) while they are under way.
+
+    The sources must not change before `on_end` is called. `stage`: started as soon as the job is
+    queued; the job ends only after it has, also when it is cancelled.
+    """
+
+    owner: Hashable
+    peer_data_address: str
+    writes: Sequence[Write]
+    parts: Sequence[Part]
+    on_end: Callable[[WriteResult], None]
+    stage: Stage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyJob:
+    """Hash `parts` and compare with `expected`; ends with whether all are equal."""
+
+    owner: Hashable
+    parts: Sequence[Part]
+    expected: Sequence[int]
+    on_end: Callable[[bool], None]
