@@ -1,31 +1,24 @@
 """How long do clients wait when a process, a host or a link fails? Needs root.
 
-    python benchmarks/recovery.py --injections 10 --out docs/reports
+    nice -n -10 python benchmarks/recovery.py --injections 30 --out docs/reports
+    python benchmarks/recovery.py --faults decode_killed,disconnects
 
 Runs the cluster of tests/multinode (five hosts as network namespaces, Ray and Mooncake TCP between
 them, demo model) under streams, injects one fault at a time, waits until everything is whole again,
-and repeats. Writes <date>-recovery.json with every figure and <date>-recovery.md beside the goals.
-Every answer is compared with the right tokens; a wrong one ends the run.
+and repeats. Every answer is compared with the right one: tokens, log-probabilities, text, stop
+strings, usage; a wrong one ends the run. Writes the report (recovery_report.py) after each round.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -34,103 +27,124 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from multinode.faults import Faults
 from multinode.hosts import wait_for
 from multinode.ray_cluster import RayCluster, multinode_cluster, num_quarantined
-from multinode.streams import Answers, join, question, start_streams, wait_for_tokens
-from multinode.traffic import LONG_PROMPT, Traffic
+from multinode.streams import Answers, check, join, question, start_streams, wait_for_tokens
+from multinode.traffic import LONG_PROMPT, Traffic, assert_nothing_grows, come_and_go
+from recovery_report import Row, facts_of, write
 
-ROLES = ["head", "front-0", "prefill-0", "decode-0", "prefill-1 decode-1"]
+ROLES = ["head", "front-0 front-1", "prefill-0", "decode-0", "prefill-1 decode-1"]
 SETTINGS = {"prefill.chunk_tokens": 256, "decode.seats": 16, "front.recovery_wait_s": 60.0}
 NUM_STREAMS = 16
 NUM_PROMPTS = 2
 PROMPT_TOKENS = 150
+OUTPUT_TOKENS = 140
+NUM_LEAVING = 20
 PARTITION_S = 6.0
+HEAD_DOWN_S = 3.0
 READY_TIMEOUT_S = 120.0
-
-
-@dataclass
-class Row:
-    """All injections of one fault; times in seconds.
-
-    Attributes:
-        gaps_s: for each injection and stream, the longest silence behind the injection.
-        ttfts_s: of the prompts that were on their way.
-        restored_s: until all nodes were up and all pools settled, for each injection.
-    """
-
-    fault: str
-    goal: str
-    injections: int = 0
-    requests: int = 0
-    failed: int = 0
-    gaps_s: list[list[float]] = field(default_factory=list)
-    ttfts_s: list[float] = field(default_factory=list)
-    restored_s: list[float] = field(default_factory=list)
-    quarantined_pages: int = 0
-    notes: list[str] = field(default_factory=list)
+SETTING = (
+    "Five hosts as network namespaces on one machine; two prefill and two decode nodes, two fronts; "
+    f"demo model on its CPU; Mooncake over TCP. While {NUM_STREAMS} streams decode ({PROMPT_TOKENS} "
+    f"to {2 * PROMPT_TOKENS} prompt tokens, {OUTPUT_TOKENS} output tokens) and {NUM_PROMPTS} prompts of "
+    f"{LONG_PROMPT} tokens are on their way, one fault is injected; the injections of a fault are "
+    "spread evenly over the life of such a prompt, from the queue to the first token. A decode node "
+    f"has {SETTINGS['decode.seats']} seats. All answers were compared with the right ones (tokens, "
+    "log-probabilities, text, stop strings, finish reasons, usage): none was wrong."
+)
 
 
 class Bench:
     """One cluster, one fault after the other."""
 
-    def __init__(self, cluster: RayCluster, seed: int) -> None:
+    def __init__(self, cluster: RayCluster, num_injections: int, seed: int) -> None:
         self.cluster = cluster
         self.answers = Answers(cluster)
         self.rng = random.Random(seed)
         self.rows: dict[str, Row] = {}
+        self._num_injections = num_injections
+        self._prompt_life_s = 2.5
 
     def inject(
-        self, fault: str, goal: str, act: Callable[[Faults], None], *, heal: Any = None
+        self,
+        fault: str,
+        goal: str,
+        act: Callable[[Faults], None],
+        *,
+        heal: Callable[[Faults], None] | None = None,
+        measures_service: bool = False,
     ) -> None:
         """One injection under traffic; `heal(faults)` runs once the clients are served."""
         row = self.rows.setdefault(fault, Row(fault, goal))
         faults = Faults(self.cluster)
         before = self._quarantined()
-        traffic = Traffic(
-            self.cluster,
-            self.answers,
-            num_streams=NUM_STREAMS,
-            num_prompts=NUM_PROMPTS,
-            prompt_tokens=PROMPT_TOKENS,
-        )
-        # A prompt on its way is caught at a random point of its life.
-        traffic.begin(head_start_s=self.rng.uniform(0.0, 2.5))
+        traffic = self._traffic()
+        share = (row.injections + self.rng.random()) / self._num_injections
+        traffic.begin(head_start_s=share % 1.0 * self._prompt_life_s)
         since_s = time.monotonic()
         act(faults)
+        if measures_service:
+            row.served_s.append(self._time_to_service())
         outcome = traffic.end(since_s)
         if heal is not None:
             heal(faults)
-        row.injections += 1
         row.requests += NUM_STREAMS + NUM_PROMPTS
         row.failed += outcome.num_failed
         row.gaps_s.append([round(gap, 3) for gap in outcome.gaps_s])
         row.ttfts_s += [round(ttft, 3) for ttft in outcome.ttfts_s]
         row.notes += traffic.errors
-        restoring_s = time.monotonic()
-        self.cluster.wait_until_ready(READY_TIMEOUT_S)
-        self.cluster.assert_settles()
-        row.restored_s.append(round(time.monotonic() - restoring_s, 3))
+        self._restore(row)
         row.quarantined_pages += max(0, self._quarantined() - before)
         worst = max(outcome.gaps_s, default=0.0)
-        print(
-            f"{fault}: {row.injections}: worst gap {worst:.2f} s, first tokens {row.ttfts_s[-2:]}"
+        print(f"{fault} {row.injections}: worst gap {worst:.2f} s, first tokens {row.ttfts_s[-2:]}")
+
+    def _traffic(self) -> Traffic:
+        return Traffic(
+            self.cluster,
+            self.answers,
+            num_streams=NUM_STREAMS,
+            num_prompts=NUM_PROMPTS,
+            prompt_tokens=PROMPT_TOKENS,
+            output_tokens=OUTPUT_TOKENS,
         )
+
+    def _restore(self, row: Row) -> None:
+        """Waits until the cluster is whole; the next fault hits a whole one."""
+        begin_s = time.monotonic()
+        self.cluster.wait_until_ready(READY_TIMEOUT_S)
+        self.cluster.assert_settles()
+        row.restored_s.append(round(time.monotonic() - begin_s, 3))
+        row.injections += 1
 
     def _quarantined(self) -> int:
         return sum(num_quarantined(stats) for stats in self.cluster.audits().values())
+
+    def _time_to_service(self) -> float:
+        """Until a new request, tried again after each failure, is answered."""
+        begin_s = time.monotonic()
+        wait_for(self._is_served, READY_TIMEOUT_S, "a new request")
+        return round(time.monotonic() - begin_s, 3)
+
+    def _is_served(self) -> bool:
+        body = question(PROMPT_TOKENS, 50, 1).body(stream=False)
+        with self.cluster.network.client_side():
+            try:
+                url = f"{self.cluster.url}/v1/completions"
+                return httpx.post(url, json=body, timeout=10.0).status_code == httpx.codes.OK
+            except httpx.HTTPError:
+                return False
 
     # ---- faults ----
 
     def no_fault(self) -> None:
         self.inject("none", "", lambda faults: None)
+        self._prompt_life_s = statistics.median(self.rows["none"].ttfts_s)
 
     def prefill_killed(self) -> None:
         goal = "all complete; added <= 2 s + its prefill"
         self.inject("prefill actor killed", goal, lambda faults: faults.kill_actor("prefill-0"))
 
     def prefill_off(self) -> None:
-        host = self.cluster.where("prefill-0")
         goal = "all complete; added <= 4 s + its prefill"
-        off = lambda faults: faults.power_off(host)  # noqa: E731
-        self.inject("prefill host powered off", goal, off, heal=lambda faults: faults.boot(host))
+        self._power_off("prefill", goal)
 
     def prefill_partitioned(self) -> None:
         goal = "no request fails (6 s, heals); added <= 4 s + its prefill"
@@ -141,10 +155,7 @@ class Bench:
         self.inject("decode actor killed", goal, lambda faults: faults.kill_actor("decode-0"))
 
     def decode_off(self) -> None:
-        host = self.cluster.where("decode-0")
-        goal = "all continue elsewhere; gap <= 6 s + prefill"
-        off = lambda faults: faults.power_off(host)  # noqa: E731
-        self.inject("decode host powered off", goal, off, heal=lambda faults: faults.boot(host))
+        self._power_off("decode", "all continue elsewhere; gap <= 6 s + prefill")
 
     def decode_partitioned(self) -> None:
         goal = "no request fails (6 s, heals)"
@@ -160,78 +171,60 @@ class Bench:
 
         def restart(faults: Faults) -> None:
             faults.power_off(head)
-            time.sleep(3.0)
+            time.sleep(HEAD_DOWN_S)
             faults.boot(head)
 
         goal = "running streams unhurt; new requests <= 10 s after it is back"
-        self.inject("head node restarted", goal, restart)
+        self.inject("head node restarted", goal, restart, measures_service=True)
 
     def front_killed(self) -> None:
-        """Streams end with a reset; the figure is the time until a request is served again."""
-        row = self.rows.setdefault(
-            "front killed",
-            Row("front killed", "clients get a reset; nothing leaks; next works at once"),
-        )
+        """Streams of the front end with a reset, those of the other go on; new ones work."""
+        goal = "clients get a reset; nothing leaks; next works at once"
+        row = self.rows.setdefault("front killed", Row("front killed", goal))
         faults = Faults(self.cluster)
-        streams = start_streams(self.cluster, [question(PROMPT_TOKENS, 50, 400)] * NUM_STREAMS)
+        asked = question(PROMPT_TOKENS, 50, OUTPUT_TOKENS)
+        self.answers.of(asked)
+        streams = start_streams(self.cluster, [asked] * NUM_STREAMS)
         wait_for_tokens(streams)
-        faults.kill_front()
-        begin_s = time.monotonic()
-        wait_for(self._is_served, READY_TIMEOUT_S, "the front")
-        back_s = time.monotonic() - begin_s
+        since_s = time.monotonic()
+        faults.kill_front("front-0")
+        row.served_s.append(self._time_to_service())
         join(streams)
-        row.injections += 1
+        ended = check(streams, self.answers)
+        resets = [each for each in streams if each.error and each.error["code"] == "connection"]
         row.requests += NUM_STREAMS
-        row.failed += sum(stream.error is not None for stream in streams)
-        row.gaps_s.append([round(back_s, 3)])
-        restoring_s = time.monotonic()
-        self.cluster.wait_until_ready(READY_TIMEOUT_S)
-        self.cluster.assert_settles()
-        row.restored_s.append(round(time.monotonic() - restoring_s, 3))
-        print(f"front killed: {row.injections}: served again after {back_s:.2f} s")
+        row.resets += len(resets)
+        row.failed += ended - len(resets)
+        lived = [each for each in streams if each.error is None]
+        row.gaps_s.append([round(each.longest_gap_s(since_s), 3) for each in lived])
+        wait_for(lambda: len(self.cluster.front_pids()) == 2, READY_TIMEOUT_S, "the front")
+        self._restore(row)
+        print(f"front killed {row.injections}: served after {row.served_s[-1]:.2f} s")
 
     def disconnects(self, count: int) -> None:
         """Clients leave at random moments; afterwards pools, sockets and threads are as before."""
-        row = self.rows.setdefault(
-            "client disconnects", Row("client disconnects", "nothing more than before, 1,000 times")
-        )
-        self._leave(20)
-        self.cluster.assert_settles()
-        before = self._census()
-        while row.injections < count:
-            self._leave(min(20, count - row.injections))
-            row.injections += min(20, count - row.injections)
+        name = "client disconnects"
+        row = self.rows[name] = Row(name, "nothing more than before, 1,000 times")
+
+        def leave() -> None:
+            for _ in range(-(-count // NUM_LEAVING)):
+                come_and_go(self.cluster, self.rng, NUM_LEAVING)
+                row.injections += NUM_LEAVING
             row.requests = row.injections
+
+        come_and_go(self.cluster, self.rng, NUM_LEAVING)
         self.cluster.assert_settles()
-
-        def is_back() -> bool:
-            now = self._census()
-            return all(
-                each <= old
-                for name in before
-                for each, old in zip(now[name], before[name], strict=True)
-            )
-
-        wait_for(is_back, 60.0, "sockets and threads")
-        row.notes.append(f"(sockets, threads) before {before}, after {self._census()}")
+        row.notes.append(assert_nothing_grows(self.cluster, leave))
         print(row.notes[-1])
 
-    def _leave(self, count: int) -> None:
-        rng = self.rng
-        asked = [question(rng.choice((150, 400, 900)), rng.randrange(8), 60) for _ in range(count)]
-        streams = start_streams(self.cluster, asked)
-        for stream in rng.sample(streams, count):
-            time.sleep(rng.uniform(0.0, 0.1))
-            stream.close()
-        join(streams)
-
-    def _census(self) -> dict[str, tuple[int, int]]:
-        """Sockets and threads of every process."""
-        pids = {node_id: self.cluster.pid(node_id) for node_id in self.cluster.node_ids}
-        pids["front-0"] = self.cluster.front_pid()
-        return {
-            name: self.cluster.where(name).sockets_and_threads(pid) for name, pid in pids.items()
-        }
+    def _power_off(self, role: str, goal: str) -> None:
+        host = self.cluster.where(f"{role}-0")
+        self.inject(
+            f"{role} host powered off",
+            goal,
+            lambda faults: faults.power_off(host),
+            heal=lambda faults: faults.boot(host),
+        )
 
     def _partition(self, node_id: str) -> Callable[[Faults], None]:
         def partition(faults: Faults) -> None:
@@ -240,146 +233,55 @@ class Bench:
 
         return partition
 
-    def _is_served(self) -> bool:
-        body = question(PROMPT_TOKENS, 50, 1).body(stream=False)
-        with self.cluster.network.client_side():
-            try:
-                url = f"{self.cluster.url}/v1/completions"
-                return httpx.post(url, json=body, timeout=10.0).status_code == httpx.codes.OK
-            except httpx.HTTPError:
-                return False
 
-
-# ---- the report ----
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank; the largest value where there are too few for the share."""
-    ranked = sorted(values)
-    return ranked[min(len(ranked) - 1, int(share * len(ranked)))]
-
-
-def summary(row: Row, normal_ttft_s: float) -> dict[str, Any]:
-    worst = [max(gaps) for gaps in row.gaps_s if gaps]
-    added = [ttft - normal_ttft_s for ttft in row.ttfts_s]
-
-    def both(values: Sequence[float]) -> list[float] | None:
-        if not values:
-            return None
-        return [round(statistics.median(values), 2), round(percentile(values, 0.99), 2)]
-
-    return {
-        "worst_gap_p50_p99_s": both(worst),
-        "added_ttft_p50_p99_s": both(added),
-        "restored_p50_p99_s": both(row.restored_s),
-    }
-
-
-def markdown(rows: Sequence[Row], facts: dict[str, Any], normal_ttft_s: float) -> str:
-    lines = [
-        f"# Recovery, {facts['date']}",
-        "",
-        f"{facts['machine']}; Python {facts['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        + f"; commit {facts['commit']}.",
-        "",
-        f"Command: `{facts['command']}`. Five hosts as network namespaces on one machine; demo model on "
-        f"its CPU; Mooncake over TCP. While {NUM_STREAMS} streams decode ({PROMPT_TOKENS} to "
-        f"{2 * PROMPT_TOKENS} prompt tokens) and {NUM_PROMPTS} prompts of {LONG_PROMPT} tokens are on "
-        f"their way, one fault is injected; a decode node has {SETTINGS['decode.seats']} seats. All answers were compared with the right tokens: none was "
-        "wrong. *Gap*: the longest silence of the worst stream of an injection. *Added*: time to the "
-        "first token of the prompts on their way, less its median without a fault "
-        f"({normal_ttft_s:.2f} s, which is what a prefill costs under this load). With fewer than 100 "
-        "values p99 is the largest. *Restored*: from the last answer until all nodes are up and all "
-        "pools settled. *Quarantined*: pages kept back because a writer's end is not proven.",
-        "",
-        "| fault | goal | injections | requests | failed | gap p50 / p99 (s) | added p50 / p99 (s) "
-        "| restored p50 / p99 (s) | quarantined pages |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        figures = summary(row, normal_ttft_s)
-        cells = [" / ".join(map(str, each)) if each else "" for each in figures.values()]
-        lines.append(
-            f"| {row.fault} | {row.goal} | {row.injections} | {row.requests} | {row.failed} | "
-            + " | ".join(cells)
-            + f" | {row.quarantined_pages} |"
-        )
-    notes = {row.fault: sorted(set(row.notes)) for row in rows if row.notes}
-    lines += ["", *(f"* {fault}: {'; '.join(texts)}" for fault, texts in notes.items()), ""]
-    return "\n".join(lines)
-
-
-def facts_of(command: str) -> dict[str, Any]:
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    names = ("ray", "torch", "pyzmq", "mooncake-transfer-engine-non-cuda")
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} CPU cores, load average {os.getloadavg()[0]:.0f} before the start, "
-        f"Linux {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in names},
-        "commit": commit.stdout.strip(),
-        "command": command,
-    }
-
-
-def write(bench: Bench, out: Path, facts: dict[str, Any]) -> None:
-    rows = list(bench.rows.values())
-    normal = bench.rows.get("none")
-    normal_ttft_s = statistics.median(normal.ttfts_s) if normal and normal.ttfts_s else 0.0
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{facts['date']}-recovery"
-    figures = [asdict(row) | summary(row, normal_ttft_s) for row in rows]
-    path.with_suffix(".json").write_text(json.dumps({**facts, "rows": figures}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(rows, facts, normal_ttft_s))
+FAULTS = (
+    "no_fault",
+    "prefill_killed",
+    "prefill_off",
+    "prefill_partitioned",
+    "decode_killed",
+    "decode_off",
+    "decode_partitioned",
+    "connections_reset",
+    "head_restarted",
+    "front_killed",
+    "disconnects",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--injections", type=int, default=30, help="of each fault")
     parser.add_argument("--disconnects", type=int, default=1000)
+    parser.add_argument("--faults", default=",".join(FAULTS), help=f"of {', '.join(FAULTS)}")
     parser.add_argument(
-        "--minutes", type=float, default=120.0, help="begin no round after this time"
+        "--minutes", type=float, default=180.0, help="begin no round after this time"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/reports"))
     options = parser.parse_args()
+    names = options.faults.split(",")
+    unknown = [name for name in names if name not in FAULTS]
+    if unknown:
+        parser.error(f"no such fault: {', '.join(unknown)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # hosts are removed
     facts = facts_of("python " + " ".join(["benchmarks/recovery.py", *sys.argv[1:]]))
     deadline_s = time.monotonic() + 60 * options.minutes
     with multinode_cluster(ROLES, SETTINGS) as cluster:
-        bench = Bench(cluster, options.seed)
+        bench = Bench(cluster, options.injections, options.seed)
         bench.no_fault()  # the first one warms up
         bench.rows.clear()
-        kinds = [
-            bench.no_fault,
-            bench.prefill_killed,
-            bench.prefill_off,
-            bench.prefill_partitioned,
-            bench.decode_killed,
-            bench.decode_off,
-            bench.decode_partitioned,
-            bench.connections_reset,
-            bench.head_restarted,
-            bench.front_killed,
-        ]
         for number in range(options.injections):
             if time.monotonic() >= deadline_s:
                 print(f"time is over after {number} rounds")
                 break
-            for kind in kinds:
-                kind()
-            write(bench, options.out, facts)
-        if options.disconnects:
+            for name in names:
+                if name != "disconnects":
+                    getattr(bench, name)()
+            write(list(bench.rows.values()), options.out, facts, SETTING)
+        if "disconnects" in names:
             bench.disconnects(options.disconnects)
-        write(bench, options.out, facts)
+        write(list(bench.rows.values()), options.out, facts, SETTING)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,12 @@ from multinode.ray_cluster import RayCluster, multinode_cluster
 from multinode.streams import Answers
 
 ROLES = ["head", "front-0 front-1", "prefill-0", "decode-0", "prefill-1 decode-1"]
-SETTINGS = {"prefill.chunk_tokens": 256, "decode.seats": 8, "front.recovery_wait_s": 60.0}
+SETTINGS = {
+    "prefill.chunk_tokens": 256,
+    "decode.seats": 8,
+    "front.recovery_wait_s": 60.0,
+    "front.max_attempts": 10,  # a machine with too few cores loses heartbeats too
+}
 READY_TIMEOUT_S = 90.0
 
 

@@ -62,6 +62,8 @@ def answer(cluster: Cluster, operation: str) -> dict[str, Any]:
 def _get(call: Any) -> Any:
     try:
         return ray.get(call, timeout=CALL_TIMEOUT_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        return {"error": f"{type(error).__name__}: {error}", "is_silent": True}
     except ray.exceptions.RayError as error:
         return {"error": f"{type(error).__name__}: {error}"}
 

@@ -36,6 +36,10 @@ CALL_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 40.0
 
 
+class NotAnsweringError(AssertionError):
+    """A node's actor cannot be called now."""
+
+
 class RayCluster:
     """See the module.
 
@@ -241,6 +245,9 @@ class RayCluster:
     def audits(self) -> dict[str, dict[str, Any]]:
         """Checks the invariants of every node; its counters."""
         answers = self.ask("audit")
+        silent = [node_id for node_id, each in answers.items() if each.get("is_silent")]
+        if silent:
+            raise NotAnsweringError(f"{silent}: {answers}")
         faults = {node_id: each["error"] for node_id, each in answers.items() if "error" in each}
         assert not faults, faults
         return {node_id: each["stats"] for node_id, each in answers.items()}
@@ -250,7 +257,10 @@ class RayCluster:
         last: dict[str, dict[str, Any]] = {}
 
         def is_settled() -> bool:
-            last.update(self.audits())
+            try:
+                last.update(self.audits())
+            except NotAnsweringError:
+                return False  # its session is up before Ray's call gets through
             return all(_num_leaked(stats) == 0 for stats in last.values())
 
         try:

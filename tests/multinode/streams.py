@@ -6,24 +6,29 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
+import pytest
 
 from multinode.ray_cluster import RayCluster
 from tidepool.deploy.demo.data import make_prompt
 
 MODEL = "tidepool-demo"
 STREAM_TIMEOUT_S = 120.0
+STOP_CHARACTERS = 6
+LOGPROB_TOLERANCE = 1e-3
+"""A prompt that is computed again in other chunks adds in another order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt and how many tokens are asked for, greedily."""
+    """A prompt and how many tokens are asked for, greedily. `stop`: a stop string."""
 
     prompt: tuple[int, ...]
     max_tokens: int
+    stop: str = ""
 
     def body(self, *, stream: bool) -> dict[str, Any]:
         return {
@@ -32,20 +37,43 @@ class Question:
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "ignore_eos": True,
+            "logprobs": 1,
             "return_token_ids": True,
-            "stream": stream,
+            **({"stop": [self.stop]} if self.stop else {}),
+            **({"stream": True, "stream_options": {"include_usage": True}} if stream else {}),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """All that a client is told of a request."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: str | None
+    usage: tuple[int, int]
+    """Prompt and completion tokens."""
 
 
 def question(num_tokens: int, seed: int, max_tokens: int) -> Question:
     return Question(tuple(make_prompt(num_tokens, seed=seed).token_ids), max_tokens)
 
 
+def with_stop(asked: Question, answer: Answer) -> Question:
+    """The same, ended by a stop string about two thirds through its answer."""
+    text = answer.text
+    begins = range(2 * len(text) // 3, len(text) - STOP_CHARACTERS)
+    begin = next(i for i in begins if text.find(text[i : i + STOP_CHARACTERS]) == i)
+    return replace(asked, stop=text[begin : begin + STOP_CHARACTERS])
+
+
 class Stream(threading.Thread):
     """One streamed completion. Ends by itself, or by `close` at the next token.
 
     Attributes:
-        tokens: output token ids so far.
+        tokens, logprobs, text: output so far.
+        finish_reason, usage: set once it ended well.
         times_s: when each piece of output came (monotonic clock); the first entry is the request.
         error: the typed error it ended with, or what HTTP said.
     """
@@ -54,6 +82,10 @@ class Stream(threading.Thread):
         super().__init__(daemon=True)
         self.question = asked
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.usage = (0, 0)
         self.times_s: list[float] = []
         self.error: dict[str, Any] | None = None
         self.has_begun = threading.Event()
@@ -66,7 +98,13 @@ class Stream(threading.Thread):
 
     @property
     def is_complete(self) -> bool:
-        return len(self.tokens) == self.question.max_tokens
+        return self.finish_reason is not None
+
+    @property
+    def answer(self) -> Answer:
+        """What has come so far."""
+        logprobs = tuple(self.logprobs)
+        return Answer(tuple(self.tokens), logprobs, self.text, self.finish_reason, self.usage)
 
     @property
     def ttft_s(self) -> float:
@@ -103,31 +141,49 @@ class Stream(threading.Thread):
         if "error" in event:
             self.error = dict(event["error"])
             return
-        fresh = event["choices"][0]["token_ids"] or []
-        if fresh:
-            self.tokens += fresh
-            self.times_s.append(time.monotonic())
-            self.has_begun.set()
+        if event.get("usage"):
+            self.usage = _usage(event)
+        for choice in event["choices"]:
+            self.text += choice["text"]
+            self.finish_reason = choice["finish_reason"] or self.finish_reason
+            if choice["token_ids"]:
+                self.tokens += choice["token_ids"]
+                self.logprobs += choice["logprobs"]["token_logprobs"]
+                self.times_s.append(time.monotonic())
+                self.has_begun.set()
+
+
+def _usage(body: dict[str, Any]) -> tuple[int, int]:
+    return (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"])
 
 
 class Answers:
-    """The right tokens of questions, asked once while nothing is broken."""
+    """The right answers to questions, asked once while nothing is broken."""
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
-        self._known: dict[Question, list[int]] = {}
+        self._known: dict[Question, Answer] = {}
 
-    def of(self, asked: Question) -> list[int]:
+    def of(self, asked: Question) -> Answer:
         if asked not in self._known:
             with self._cluster.network.client_side():
-                answer = httpx.post(
-                    f"{self._cluster.url}/v1/completions",
-                    json=asked.body(stream=False),
-                    timeout=STREAM_TIMEOUT_S,
-                )
-            assert answer.status_code == httpx.codes.OK, answer.text
-            self._known[asked] = list(answer.json()["choices"][0]["token_ids"])
+                url = f"{self._cluster.url}/v1/completions"
+                body = asked.body(stream=False)
+                response = httpx.post(url, json=body, timeout=STREAM_TIMEOUT_S)
+            assert response.status_code == httpx.codes.OK, response.text
+            self._known[asked] = _answer_of(response.json())
         return self._known[asked]
+
+
+def _answer_of(body: dict[str, Any]) -> Answer:
+    (choice,) = body["choices"]
+    return Answer(
+        tuple(choice["token_ids"]),
+        tuple(choice["logprobs"]["token_logprobs"]),
+        choice["text"],
+        choice["finish_reason"],
+        _usage(body),
+    )
 
 
 def start_streams(cluster: RayCluster, questions: Sequence[Question]) -> list[Stream]:
@@ -155,19 +211,17 @@ def join(streams: Sequence[Stream], timeout_s: float = 120.0) -> None:
 
 
 def check(streams: Sequence[Stream], answers: Answers) -> int:
-    """Every stream has only right tokens, and all of them or a typed error; returns how many failed."""
-    num_failed = 0
+    """Every stream has only what is right, and all of it or a typed error; how many failed."""
     for stream in streams:
-        expected = answers.of(stream.question)
-        got = stream.tokens
-        first_wrong = next(
-            (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None
-        )
-        assert first_wrong is None, f"token {first_wrong} of {len(got)} is wrong"
+        expected, got = answers.of(stream.question), stream.answer
+        count = len(got.tokens)
+        assert got.tokens == expected.tokens[:count], f"a token of {count} is wrong"
+        assert got.logprobs == pytest.approx(expected.logprobs[:count], abs=LOGPROB_TOLERANCE)
+        assert expected.text.startswith(got.text)
         if stream.is_complete:
             assert stream.error is None
+            assert replace(got, logprobs=()) == replace(expected, logprobs=())
         else:
-            assert stream.error is not None, f"ended silently after {len(got)} tokens"
+            assert stream.error is not None, f"ended silently after {count} tokens"
             assert stream.error.get("code"), stream.error
-            num_failed += 1
-    return num_failed
+    return sum(not stream.is_complete for stream in streams)

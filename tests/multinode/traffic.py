@@ -8,11 +8,23 @@ outcome = traffic.end(since_s=...)
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from multinode.hosts import wait_for
 from multinode.ray_cluster import RayCluster
-from multinode.streams import Answers, Stream, check, join, question, start_streams, wait_for_tokens
+from multinode.streams import (
+    Answers,
+    Stream,
+    check,
+    join,
+    question,
+    start_streams,
+    wait_for_tokens,
+    with_stop,
+)
 
 NUM_PROMPTS = 4
 OUTPUT_TOKENS = 240
@@ -46,11 +58,13 @@ class Traffic:
         num_streams: int = 8,
         num_prompts: int = 2,
         prompt_tokens: int = 300,
+        output_tokens: int = OUTPUT_TOKENS,
     ) -> None:
         self._cluster = cluster
         self._answers = answers
         lengths = [prompt_tokens * (3 + i) // 3 for i in range(NUM_PROMPTS)]
-        short = [question(length, 50, OUTPUT_TOKENS) for length in lengths]
+        short = [question(length, 50, output_tokens) for length in lengths]
+        short[-1] = with_stop(short[-1], answers.of(short[-1]))
         self._questions = [short[i % NUM_PROMPTS] for i in range(num_streams)]
         self._long = [question(LONG_PROMPT, 90 + i, LONG_OUTPUT) for i in range(num_prompts)]
         self._decoding: list[Stream] = []
@@ -66,7 +80,7 @@ class Traffic:
         time.sleep(head_start_s)
 
     def end(self, since_s: float) -> Outcome:
-        """Waits for the end of all; AssertionError if one hangs or has a wrong token."""
+        """Waits for the end of all; AssertionError if one hangs or has anything wrong (`check`)."""
         streams = [*self._decoding, *self._prefilling]
         join(streams)
         num_failed = check(streams, self._answers)
@@ -81,3 +95,44 @@ class Traffic:
         """What failed requests were told."""
         streams = (*self._decoding, *self._prefilling)
         return [str(stream.error) for stream in streams if stream.error is not None]
+
+
+def come_and_go(cluster: RayCluster, rng: random.Random, count: int) -> None:
+    """`count` clients at once, each of which leaves at a random moment."""
+    lengths = (150, 400, 900)
+    asked = [question(rng.choice(lengths), rng.randrange(8), 60) for _ in range(count)]
+    streams = start_streams(cluster, asked)
+    for stream in rng.sample(streams, count):
+        time.sleep(rng.uniform(0.0, 0.1))
+        stream.close()
+    join(streams)
+
+
+def assert_nothing_grows(cluster: RayCluster, act: Callable[[], None], tries: int = 3) -> str:
+    """Sockets and threads of every process are no more after `act` than before it.
+
+    What grows once (a pool, a first meeting of two nodes) does not grow again, a leak does: only
+    growth in each of `tries` runs is an error. Returns both counts of the last run.
+    """
+    for number in range(tries):
+        before = cluster.census()
+        act()
+        cluster.assert_settles()
+        try:
+            wait_for(lambda b=before: _is_within(cluster.census(), b), 20.0, "sockets and threads")
+        except AssertionError as error:
+            after = cluster.census()
+            if number == tries - 1:
+                raise AssertionError(f"(sockets, threads) were {before}, are {after}") from error
+        else:
+            return f"(sockets, threads) before {before}, after {cluster.census()}"
+    raise AssertionError("no try was made")
+
+
+Census = dict[str, tuple[int, int]]
+
+
+def _is_within(now: Census, before: Census) -> bool:
+    return all(
+        each <= old for name in before for each, old in zip(now[name], before[name], strict=True)
+    )
