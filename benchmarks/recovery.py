@@ -188,7 +188,7 @@ class Bench:
         wait_for_tokens(streams)
         since_s = time.monotonic()
         faults.kill_front("front-0")
-        row.served_s.append(self._time_to_service())
+        row.served_s.append(round(time.monotonic() - since_s + self._time_to_service(), 3))
         join(streams)
         ended = check(streams, self.answers)
         resets = [each for each in streams if each.error and each.error["code"] == "connection"]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from multinode.hosts import Host, run
+from multinode.hosts import Host, has_ended, run, wait_for
 from multinode.ray_cluster import RayCluster
 
 Direction = Literal["to", "from"]
@@ -169,9 +169,11 @@ class Faults:
         self.note(f"{node_id}: process killed")
 
     def kill_front(self, front_id: str = "front-0") -> None:
-        """kill -9 of a front's process."""
-        os.kill(self.cluster.front_pids()[front_id], signal.SIGKILL)
+        """kill -9 of a front's process; returns once the kernel has taken its sockets."""
+        pid = self.cluster.front_pids()[front_id]
+        os.kill(pid, signal.SIGKILL)
         self.note(f"{front_id}: process killed")
+        wait_for(lambda: has_ended(pid), 10.0, f"{front_id} to end")
 
     @contextmanager
     def stopped_actor(self, node_id: str) -> Iterator[None]:

@@ -50,6 +50,15 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or a zombie: its files are closed."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return status.rpartition(")")[2].split()[0] in "ZX"
+
+
 class Host:
     """One host. `boot` creates its network and its process 1; `power_off` ends both at once."""
 

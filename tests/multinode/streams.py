@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
-import pytest
 
 from multinode.ray_cluster import RayCluster
 from tidepool.deploy.demo.data import make_prompt
@@ -18,8 +17,11 @@ from tidepool.deploy.demo.data import make_prompt
 MODEL = "tidepool-demo"
 STREAM_TIMEOUT_S = 120.0
 STOP_CHARACTERS = 6
-LOGPROB_TOLERANCE = 1e-3
-"""A prompt that is computed again in other chunks adds in another order."""
+LOGPROB_TOLERANCE = 0.01
+MAX_FLIPS = 0.05
+"""Other batches add in another order, and rows are stored in bf16: without any fault the values of
+the same tokens differ by up to 2e-3 along 240 tokens, and by up to 0.07 at one of them, where two
+positions tie at the edge of the top-k. A wrong row or position would show at every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,10 @@ def check(streams: Sequence[Stream], answers: Answers) -> int:
         expected, got = answers.of(stream.question), stream.answer
         count = len(got.tokens)
         assert got.tokens == expected.tokens[:count], f"a token of {count} is wrong"
-        assert got.logprobs == pytest.approx(expected.logprobs[:count], abs=LOGPROB_TOLERANCE)
+        assert len(got.logprobs) == count
+        pairs = zip(got.logprobs, expected.logprobs, strict=False)
+        flips = [abs(a - b) for a, b in pairs if abs(a - b) > LOGPROB_TOLERANCE]
+        assert len(flips) <= MAX_FLIPS * count, f"log-probabilities are off by {flips} of {count}"
         assert expected.text.startswith(got.text)
         if stream.is_complete:
             assert stream.error is None
