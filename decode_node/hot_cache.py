@@ -172,36 +172,38 @@ class HotCache:
             base_B1 = (seats_B * self.seat_rows).to(torch.int32)[:, None]
             hot_idx_BK.copy_(torch.where(topk_idx_BK >= 0, topk_idx_BK + base_B1, -1))
             return
-        first, *others = self._layers_of_group[group]
-        num_misses_B = self._counters.num_misses_of(group, batch)
-        misses = (
-            self._plan.miss_host_slot_SK[:batch],
-            self._plan.miss_device_row_SK[:batch],
-            num_misses_B,
-        )
         with self._side.fork():
-            swap_in(
-                topk_idx_BK,
-                lens_B,
-                seats_B,
-                self.page_table_SP,
-                self.ring_start_S,
-                self.position_of_slot_GSH[group],
-                self.slot_of_position_GSC[group],
-                self.last_use_GSH[group],
-                self.step_1,
-                hot_idx_BK,
-                *misses,
-                self._fault_GS[group, :batch],
-                host_rows[first],
-                self.rows[first],
-                self.geometry.page_size,
-                self.ring_rows,
-            )
-            self._copied_L[first] = self._side.mark()
-            for layer in others:
-                load_cache_to_device_buffer(host_rows[layer], self.rows[layer], *misses)
-                self._copied_L[layer] = self._side.mark()
+            self._plan_and_copy(group, topk_idx_BK, lens_B, seats_B, host_rows)
+
+    def _plan_and_copy(
+        self, group: int, topk_idx_BK: Tensor, lens_B: Tensor, seats_B: Tensor, host_rows: Tensor
+    ) -> None:
+        batch = topk_idx_BK.shape[0]
+        first, *others = self._layers_of_group[group]
+        plan, num_misses_B = self._plan, self._counters.num_misses_of(group, batch)
+        misses = (plan.miss_host_slot_SK[:batch], plan.miss_device_row_SK[:batch], num_misses_B)
+        swap_in(
+            topk_idx_BK,
+            lens_B,
+            seats_B,
+            self.page_table_SP,
+            self.ring_start_S,
+            self.position_of_slot_GSH[group],
+            self.slot_of_position_GSC[group],
+            self.last_use_GSH[group],
+            self.step_1,
+            plan.hot_idx_SK[:batch],
+            *misses,
+            self._fault_GS[group, :batch],
+            host_rows[first],
+            self.rows[first],
+            self.geometry.page_size,
+            self.ring_rows,
+        )
+        self._copied_L[first] = self._side.mark()
+        for layer in others:
+            load_cache_to_device_buffer(host_rows[layer], self.rows[layer], *misses)
+            self._copied_L[layer] = self._side.mark()
 
     def hot_idx(self, layer: int, batch: int) -> Tensor:
         """Device rows of the newest selection, int32 [B, K]; work behind it finds the layer's rows."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -82,6 +82,8 @@ class StepRunner:
         max_context: longest sequence.
         use_graphs: replay CUDA graphs; without effect on the CPU.
         make_context: builds the attention context of a step (benchmarks replace it).
+        batches, contexts: batch sizes and context lengths with graphs, ascending; None: a ladder
+            up to the bounds.
     """
 
     def __init__(
@@ -95,6 +97,8 @@ class StepRunner:
         max_context: int,
         use_graphs: bool,
         make_context: MakeContext = DecodeContext,
+        batches: Sequence[int] | None = None,
+        contexts: Sequence[int] | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -104,8 +108,8 @@ class StepRunner:
         self._max_context = max_context
         self.device = cache.rows.device
         self._has_graphs = use_graphs and self.device.type == "cuda"
-        self._batches = batch_ladder(max_batch)
-        self._contexts = context_ladder(cache.topk, max_context)
+        self._batches = batches or batch_ladder(max_batch)
+        self._contexts = contexts or context_ladder(cache.topk, max_context)
         self._buffers = StepBuffers(
             cache,
             max_batch=max_batch,

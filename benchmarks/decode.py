@@ -1,0 +1,357 @@
+"""What a decode step costs, and what the hot cache buys: tokens a second, resident against hot.
+
+    python benchmarks/decode.py --out report.json [--model deepseek-v3.2] [--suite memory,fits,swap]
+
+One GPU, the decode engine as it serves (scheduler, graphs, results a step late), a model of real
+layer shapes with few layers and random weights, sequences whose KV is in place already. Random
+weights select without locality, so the top-k comes from a trace: a window over a random permutation
+of the positions that moves by `misses` a step. The model's own indexer runs all the same; only its
+choice is replaced.
+
+    resident    hot buffers as long as the context: nothing is planned, nothing moves
+    hot         `--hot-rows` rows a seat
+    no-copy     hot, but missing rows are not copied: the price of the swap is the difference
+
+Figures a point: step time (median of wall time over windows of steps), tokens a second, the part of
+a step in which the device does nothing, host time a step, rows missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tidepool.common.clock import MonotonicClock
+from tidepool.common.config import KvSection
+from tidepool.common.layouts import KvGeometry
+from tidepool.common.wire import OutputToken, Sampling
+from tidepool.decode_node.admission import Admission
+from tidepool.decode_node.context import DecodeContext, StepBatch
+from tidepool.decode_node.coordinator import HiSparseCoordinator
+from tidepool.decode_node.engine import DecodeEngine
+from tidepool.decode_node.hot_cache import HotCache
+from tidepool.decode_node.sequence import SequenceState
+from tidepool.decode_node.step_runner import StepRunner
+from tidepool.hostpool.index_pool import IndexPool
+from tidepool.hostpool.pool import HostPool
+from tidepool.hostpool.seats import SeatPool
+from tidepool.kernels.resolve import resolve
+from tidepool.kernels.store_rows import pack_rows
+from tidepool.model.config import ModelConfig, geometry
+from tidepool.model.model import Model
+from tidepool.model.random_weights import published_config
+
+GROWTH = 256
+"""Output tokens a sequence has room for."""
+TRACE_STEPS = 512
+WARM_STEPS, WINDOWS, WINDOW_STEPS = 24, 5, 20
+
+
+@dataclass(frozen=True)
+class Point:
+    suite: str
+    mode: str
+    batch: int
+    context: int
+    layout: str
+    hot_rows: int
+    misses: int
+
+
+class TracedContext(DecodeContext):
+    """Selects as the model does, then takes the trace's choice."""
+
+    trace_TK: Tensor
+    step_1: Tensor
+
+    def _select(self, index_layer: int, query_TID: Tensor, weight_TI: Tensor) -> None:
+        super()._select(index_layer, query_TID, weight_TI)
+        batch = self._batch
+        shift_B = batch.seats_B.clamp(min=0) * 7
+        trace_BK = self.trace_TK[(self.step_1 + shift_B) % TRACE_STEPS]
+        batch.topk_idx_BK.copy_(torch.where(batch.lens_B[:, None] > 0, trace_BK, -1))
+
+
+class UncopiedCache(HotCache):
+    """Plans, and leaves the missing rows where they are."""
+
+    def _plan_and_copy(
+        self, group: int, topk_idx_BK: Tensor, lens_B: Tensor, seats_B: Tensor, host_rows: Tensor
+    ) -> None:
+        batch, plan = topk_idx_BK.shape[0], self._plan
+        resolve(
+            topk_idx_BK,
+            lens_B,
+            seats_B,
+            self.page_table_SP,
+            self.ring_start_S,
+            self.position_of_slot_GSH[group],
+            self.slot_of_position_GSC[group],
+            self.last_use_GSH[group],
+            self.step_1,
+            plan.hot_idx_SK[:batch],
+            plan.miss_host_slot_SK[:batch],
+            plan.miss_device_row_SK[:batch],
+            self._counters.num_misses_of(group, batch),
+            self._fault_GS[group, :batch],
+            self.geometry.page_size,
+            self.ring_rows,
+        )
+        for layer in self._layers_of_group[group]:
+            self._copied_L[layer] = self._side.mark()
+
+
+def seat_bytes(kv: KvGeometry, point: Point) -> int:
+    """GPU bytes of a seated sequence: rows, ring, index keys, tables."""
+    length = point.context + GROWTH
+    rows = length if point.mode == "resident" else point.hot_rows
+    rows_bytes = (rows + 2 * kv.page_size) * kv.num_layers * kv.row.row_bytes
+    keys = kv.num_pages(length) * kv.num_index_layers * kv.index_page_bytes
+    tables = kv.num_index_layers * 4 * (length + 2 * rows)
+    return rows_bytes + keys + tables
+
+
+def fill(host: HostPool, index: IndexPool) -> None:
+    """Bytes that decode to numbers: random rows over and over, random keys, one scale."""
+    row = host.geometry.row
+    block = pack_rows(torch.randn(4096, row.latent_dim), torch.randn(4096, row.rope_dim), row.name)
+    for rows_NX in host.rows:
+        for first in range(0, rows_NX.shape[0], 4096):
+            part = rows_NX[first : first + 4096]
+            part.copy_(block[: part.shape[0]])
+    geometry = host.geometry
+    key_bytes = geometry.page_size * geometry.index.head_dim
+    for pages in index.data:
+        pages[:, :key_bytes] = torch.randint(
+            0, 0x60, (pages.shape[0], key_bytes), dtype=torch.uint8, device=pages.device
+        )
+        scales = torch.full((pages.shape[0], geometry.page_size), 0.02, device=pages.device)
+        pages[:, key_bytes:] = scales.view(torch.uint8)
+
+
+class Bench:
+    """One point's pools and engine."""
+
+    def __init__(self, model: Model, kv: KvGeometry, point: Point, *, use_graphs: bool) -> None:
+        self.model, self.point = model, point
+        device, config = model.device, model.config
+        length = point.context + GROWTH
+        pages = point.batch * kv.num_pages(length)
+        self.host = HostPool(kv, pages, pin=device.type == "cuda")
+        index = IndexPool(kv, pages, device)
+        fill(self.host, index)
+        make_cache = UncopiedCache if point.mode == "no-copy" else HotCache
+        cache = make_cache(
+            kv,
+            config.index_layer_of,
+            num_seats=point.batch,
+            hot_rows=length if point.mode == "resident" else point.hot_rows,
+            max_context=length,
+            topk=config.index_topk,
+            device=device,
+        )
+        admission = Admission(
+            self.host.pages,
+            index.pages,
+            page_size=kv.page_size,
+            max_context=length,
+            max_requests=point.batch,
+        )
+        seats = SeatPool(point.batch)
+        coordinator = HiSparseCoordinator(
+            self.host, index, seats, cache, admission, warm_start=False
+        )
+        self.cache = cache
+        runner = StepRunner(
+            model,
+            cache,
+            self.host,
+            index,
+            max_batch=point.batch,
+            max_context=length,
+            use_graphs=use_graphs,
+            make_context=self._traced(),
+            batches=[point.batch],
+            contexts=[length],
+        )
+        runner.prepare()
+        self.engine = DecodeEngine(
+            model,
+            coordinator,
+            runner,
+            send=lambda *_: None,
+            clock=MonotonicClock(),
+            park_after_tokens=1 << 30,
+            is_overlapped=device.type == "cuda",
+        )
+        sampling = Sampling(max_tokens=GROWTH, temperature=0.0, ignore_eos=True)
+        for number in range(point.batch):
+            sequence = self.engine.try_admit((str(number), 0), "front", point.context, sampling)
+            assert sequence is not None
+            sequence.advance(SequenceState.RECEIVING)
+            self.engine.make_ready(sequence, OutputToken(number + 1), ())
+
+    def _traced(self) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(self.point.context, generator=generator)
+        topk = self.model.config.index_topk
+        at_TK = torch.arange(TRACE_STEPS)[:, None] * self.point.misses + torch.arange(topk)
+        trace_TK = order[at_TK % order.numel()].sort(1).values.to(torch.int32)
+        TracedContext.trace_TK = trace_TK.to(self.model.device)
+        TracedContext.step_1 = self.cache.step_1
+
+        def make(cache: HotCache, host: HostPool, index: IndexPool, batch: StepBatch) -> Any:
+            return TracedContext(cache, host, index, batch)
+
+        return make
+
+    def run(self) -> dict[str, Any]:
+        for _ in range(WARM_STEPS):
+            self.engine.step()
+        self._settle()
+        misses, windows, host_s = self.cache.stats.misses, [], 0.0
+        for _ in range(WINDOWS):
+            start_s = time.perf_counter()
+            for _ in range(WINDOW_STEPS):
+                self.engine.step()
+            self._settle()
+            windows.append((time.perf_counter() - start_s) / WINDOW_STEPS)
+        missed = self.cache.stats.misses - misses
+        step_s = statistics.median(windows)
+        device_s, launches = self._device_time()
+        for _ in range(3):
+            host_s += self._host_time() / 3
+        steps = WINDOWS * WINDOW_STEPS
+        groups = self.cache.geometry.num_index_layers
+        return {
+            **asdict(self.point),
+            "step_us": round(step_s * 1e6, 1),
+            "step_us_spread": [round(s * 1e6, 1) for s in sorted(windows)],
+            "tokens_s": round(self.point.batch / step_s, 1),
+            "device_us": round(device_s * 1e6, 1),
+            "device_idle": round(max(0.0, 1 - device_s / step_s), 4),
+            "host_us": round(host_s * 1e6, 1),
+            "kernels": launches,
+            "missed_per_row": round(missed / steps / groups / self.point.batch, 1),
+            "failed": self.engine.num_failed,
+        }
+
+    def _settle(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _host_time(self) -> float:
+        """Seconds a call of `step` takes when the device has long been done."""
+        self._settle()
+        start_s = time.perf_counter()
+        self.engine.step()
+        return time.perf_counter() - start_s
+
+    def _device_time(self) -> tuple[float, int]:
+        """Seconds in which the device works in one step, and kernels and copies in it."""
+        if self.model.device.type != "cuda":
+            return 0.0, 0
+        self._settle()
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(4):
+                self.engine.step()
+            self._settle()
+        spans = sorted(
+            (event.time_range.start, event.time_range.end)
+            for event in profile.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
+        busy_us, until = 0.0, 0.0
+        for start, end in spans:
+            busy_us += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return busy_us / 4 / 1e6, round(len(spans) / 4)
+
+    def close(self) -> None:
+        self.host.close()
+
+
+def points(args: argparse.Namespace, kv: KvGeometry) -> list[Point]:
+    def point(suite: str, mode: str, batch: int, context: int) -> Point:
+        return Point(suite, mode, batch, context, args.layout, args.hot_rows, args.misses)
+
+    found: list[Point] = []
+    if "memory" in args.suite:
+        for context in args.contexts:
+            resident = point("memory", "resident", args.resident_batch, context)
+            budget = args.resident_batch * seat_bytes(kv, resident)
+            batch = budget // seat_bytes(kv, point("memory", "hot", 1, context))
+            found += [resident, point("memory", "hot", min(batch, args.max_batch), context)]
+    if "fits" in args.suite:
+        for batch in (1, 16):
+            found += [point("fits", mode, batch, args.fits_context) for mode in ("resident", "hot")]
+    if "swap" in args.suite:
+        for batch in args.swap_batches:
+            found += [point("swap", m, batch, args.swap_context) for m in ("hot", "no-copy")]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--model", default="deepseek-v3.2")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--dense-layers", type=int, default=1)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layout", default="mla_fp8")
+    parser.add_argument("--suite", default="memory,fits,swap")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
+    parser.add_argument("--resident-batch", type=int, default=8)
+    parser.add_argument("--max-batch", type=int, default=256)
+    parser.add_argument("--fits-context", type=int, default=32768)
+    parser.add_argument("--swap-context", type=int, default=65536)
+    parser.add_argument("--swap-batches", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--hot-rows", type=int, default=4096)
+    parser.add_argument("--misses", type=int, default=137)
+    parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    config: ModelConfig = published_config(
+        args.model,
+        num_layers=args.layers,
+        num_dense_layers=args.dense_layers,
+        num_experts=args.experts,
+    )
+    model = Model.random(config, dtype=getattr(torch, args.dtype), device=args.device)
+    kv = geometry(config, KvSection(layout=args.layout))
+    results = []
+    for point in points(args, kv):
+        try:
+            bench = Bench(model, kv, point, use_graphs=not args.no_graphs)
+            result = bench.run() | {"seat_mb": round(seat_bytes(kv, point) / 1e6, 1)}
+            bench.close()
+        except (RuntimeError, AssertionError) as error:
+            result = asdict(point) | {"error": f"{type(error).__name__}: {error}"[:400]}
+        bench = None
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        results.append(result)
+        print(json.dumps(result), flush=True)
+    if args.out:
+        about = {"arguments": {k: str(v) for k, v in vars(args).items()}, "torch": torch.__version__}
+        if args.device == "cuda":
+            about["device"] = torch.cuda.get_device_name()
+        about["commit"] = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        args.out.write_text(json.dumps({"about": about, "points": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
