@@ -120,15 +120,15 @@ def seat_bytes(kv: KvGeometry, point: Point) -> int:
     return rows_bytes + keys + tables
 
 
-def fill(host: HostPool, index: IndexPool) -> None:
+def fill(host: HostPool, index: IndexPool, cache: HotCache) -> None:
     """Bytes that decode to numbers: random rows over and over, random keys, one scale."""
-    row = host.geometry.row
+    geometry = host.geometry
+    row = geometry.row
     block = pack_rows(torch.randn(4096, row.latent_dim), torch.randn(4096, row.rope_dim), row.name)
-    for rows_NX in host.rows:
+    for rows_NX in (*host.rows, *cache.rows):
         for first in range(0, rows_NX.shape[0], 4096):
             part = rows_NX[first : first + 4096]
             part.copy_(block[: part.shape[0]])
-    geometry = host.geometry
     key_bytes = geometry.page_size * geometry.index.head_dim
     for pages in index.data:
         pages[:, :key_bytes] = torch.randint(
@@ -148,7 +148,6 @@ class Bench:
         pages = point.batch * kv.num_pages(length)
         self.host = HostPool(kv, pages, pin=device.type == "cuda")
         index = IndexPool(kv, pages, device)
-        fill(self.host, index)
         make_cache = UncopiedCache if point.mode == "no-copy" else HotCache
         cache = make_cache(
             kv,
@@ -159,6 +158,7 @@ class Bench:
             topk=config.index_topk,
             device=device,
         )
+        fill(self.host, index, cache)
         admission = Admission(
             self.host.pages,
             index.pages,
@@ -344,7 +344,10 @@ def main() -> None:
         results.append(result)
         print(json.dumps(result), flush=True)
     if args.out:
-        about = {"arguments": {k: str(v) for k, v in vars(args).items()}, "torch": torch.__version__}
+        about = {
+            "arguments": {k: str(v) for k, v in vars(args).items()},
+            "torch": torch.__version__,
+        }
         if args.device == "cuda":
             about["device"] = torch.cuda.get_device_name()
         about["commit"] = subprocess.run(

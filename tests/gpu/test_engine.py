@@ -125,3 +125,41 @@ def test_tiny_models_of_each_kind_give_the_same_tokens_as_on_the_cpu(
         torch.cuda.synchronize()
         node.decode.coordinator.host.close()
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_graphs_and_late_results_change_no_token_however_requests_come_and_park(
+    graphs: bool, overlap: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    seed = VETTED_SEEDS["glm52"][0]
+    path = session_checkpoint(tmp_path_factory, "glm52", seed)
+    requests = [prompt(number, 20 + 17 * number) for number in range(5)]
+    settings = {"decode.hot_rows": INDEX_TOPK, "kv.page_size": 4, "model.device": "cuda"}
+    node = UnifiedHarness(
+        path,
+        **settings,
+        **{
+            "decode.seats": 3,
+            "decode.park_after_tokens": 3,
+            "decode.cuda_graphs": graphs,
+            "decode.overlap": overlap,
+        },
+    )
+    sampled = {"max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 7}
+    for number, request in enumerate(requests):
+        node.ask(f"r{number}", request, **(sampled if number % 2 else {"max_tokens": 24}))
+        for _ in range(3):
+            node.step()
+    node.cancel("r3")
+    node.run()
+    assert node.decode.stats()["parks"] > 0
+    alone = UnifiedHarness(path, **{"kv.page_size": 4})
+    for number, request in enumerate(requests):
+        if number == 3:
+            continue
+        sampling = sampled if number % 2 else {"max_tokens": 24}
+        assert node.output(f"r{number}") == alone.generate([request], **sampling)[0]
+    node.assert_empty()
+    torch.cuda.synchronize()
+    node.decode.coordinator.host.close()
