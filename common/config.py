@@ -93,6 +93,12 @@ class DecodeSection:
     """On a GPU, replay each decode step as one CUDA graph; taken at start."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Launch the next decode step before the last one's tokens are read; auto: on a GPU."""
+    reattach: bool = True
+    """Keep host pool, indexer keys and a journal of the requests in memory that outlives the node's process, so that a restarted one goes on with them. Off: a killed node's requests are prefilled again elsewhere."""
+    reattach_wait_s: float = 15.0
+    """How long a request of a killed decode process waits for its next one before it is prefilled again elsewhere."""
+    keep_s: float = 60.0
+    """How long a killed node's memory is kept for the next process."""
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
@@ -266,6 +272,9 @@ def _time_faults(config: Config) -> Iterator[str]:
     ):
         if not getattr(transfer, name) > 0:
             yield f"transfer.{name}: must be positive, not {getattr(transfer, name)}"
+    for name in ("reattach_wait_s", "keep_s"):
+        if not getattr(config.decode, name) > 0:
+            yield f"decode.{name}: must be positive, not {getattr(config.decode, name)}"
     for name in ("node_wait_s", "recovery_wait_s", "stall_s", "drain_s"):
         if not getattr(config.front, name) > 0:
             yield f"front.{name}: must be positive, not {getattr(config.front, name)}"

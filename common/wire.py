@@ -40,6 +40,9 @@ from .errors import ProtocolError
 
 PROTOCOL_VERSION = 2
 
+UNKNOWN_ATTEMPT = "unknown_attempt"
+"""Code of the Finish with which decode answers a Resume for an attempt that it does not have."""
+
 Role = Literal["front", "prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 

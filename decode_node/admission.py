@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..common.errors import RequestError
+from ..common.wire import PageRun
 from ..hostpool.pages import OwnerKind, PageAllocator, PageLease
 
 
@@ -67,12 +68,34 @@ class Admission:
         """Takes everything the request can ever need; None if it does not fit now."""
         if self._num_admitted >= self._max_requests:
             return None
-        # The last output token is never fed back, so it needs no row.
-        num_pages = -(-(num_prompt_tokens + max_tokens - 1) // self._page_size)
+        num_pages = self._num_pages(num_prompt_tokens, max_tokens)
         host = self._host.try_acquire(num_pages, OwnerKind.REQUEST)
         if host is None:
             return None
         index = self._index.try_acquire(num_pages, OwnerKind.REQUEST)
+        if index is None:
+            host.release(OwnerKind.REQUEST)
+            return None
+        self._num_admitted += 1
+        return Reservation(host, index)
+
+    def try_take(
+        self,
+        host_runs: tuple[PageRun, ...],
+        index_runs: tuple[PageRun, ...],
+        num_prompt_tokens: int,
+        max_tokens: int,
+    ) -> Reservation | None:
+        """As try_reserve, but just these pages; None if they are not what it needs, or not free."""
+        num_pages = self._num_pages(num_prompt_tokens, max_tokens)
+        if self._num_admitted >= self._max_requests:
+            return None
+        if any(sum(run.count for run in runs) != num_pages for runs in (host_runs, index_runs)):
+            return None
+        host = self._host.try_acquire_exactly(host_runs, OwnerKind.REQUEST)
+        if host is None:
+            return None
+        index = self._index.try_acquire_exactly(index_runs, OwnerKind.REQUEST)
         if index is None:
             host.release(OwnerKind.REQUEST)
             return None
@@ -84,3 +107,7 @@ class Admission:
         host.release(OwnerKind.REQUEST)
         index.release(OwnerKind.REQUEST)
         self._num_admitted -= 1
+
+    def _num_pages(self, num_prompt_tokens: int, max_tokens: int) -> int:
+        # The last output token is never fed back, so it needs no row.
+        return -(-(num_prompt_tokens + max_tokens - 1) // self._page_size)

@@ -11,12 +11,14 @@ from ..common.layouts import KvGeometry
 from ..hostpool.index_pool import IndexPool
 from ..hostpool.pool import MLATokenToKVPoolHost
 from ..hostpool.seats import SeatPool
+from ..hostpool.segment import SharedSegment
 from ..model.config import ModelConfig, geometry
 from ..model.model import Model
 from .admission import Admission
 from .coordinator import HiSparseCoordinator
 from .engine import DecodeEngine, Send
 from .hot_cache import HotCache
+from .journal import SequenceLog
 from .step_runner import StepRunner
 
 
@@ -72,13 +74,30 @@ def host_bytes(config: Config, kv: KvGeometry) -> int:
 
 
 def build_coordinator(
-    config: Config, model: ModelConfig, kv: KvGeometry, device: torch.device
+    config: Config,
+    model: ModelConfig,
+    kv: KvGeometry,
+    device: torch.device,
+    segment: SharedSegment | None = None,
 ) -> HiSparseCoordinator:
-    """Allocates the decode node's pools. Raises ConfigError if they do not fit the machine."""
+    """Allocates the decode node's pools. Raises ConfigError if they do not fit the machine.
+
+    `segment`: host memory to use instead, parts "kv" and "index"; what lies in it stays.
+    """
     check(config, model)
     decode, context = config.decode, max_context(config, model)
-    host = MLATokenToKVPoolHost(kv, decode.host_tokens // kv.page_size, pin=device.type == "cuda")
-    index = IndexPool(kv, decode.index_tokens // kv.page_size, device)
+    host = MLATokenToKVPoolHost(
+        kv,
+        decode.host_tokens // kv.page_size,
+        pin=device.type == "cuda",
+        memory=segment.part("kv") if segment else None,
+    )
+    index = IndexPool(
+        kv,
+        decode.index_tokens // kv.page_size,
+        device,
+        memory=segment.part("index") if segment else None,
+    )
     cache = HotCache(
         kv,
         model.index_layer_of,
@@ -107,8 +126,12 @@ def build_engine(
     *,
     send: Send,
     clock: Clock,
+    journal: SequenceLog | None = None,
 ) -> DecodeEngine:
-    """Joins model and pools to an engine; takes the graphs of its steps."""
+    """Joins model and pools to an engine; takes the graphs of its steps.
+
+    `journal`: of memory that outlives the process.
+    """
     decode, is_cuda = config.decode, model.device.type == "cuda"
     runner = StepRunner(
         model,
@@ -128,4 +151,5 @@ def build_engine(
         clock=clock,
         park_after_tokens=decode.park_after_tokens,
         is_overlapped=is_cuda if decode.overlap == "auto" else decode.overlap == "on",
+        journal=journal,
     )

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..common.errors import InvariantError
 from ..hostpool.device_pool import DevicePool
 from ..hostpool.index_pool import IndexPool
+from ..hostpool.mirror import HostMirror
 from ..hostpool.pages import OwnerKind
 from ..hostpool.pool import HostPool
 from ..hostpool.seats import SeatPool
@@ -68,6 +69,9 @@ class HiSparseCoordinator:
         self._page_size = cache.geometry.page_size
         self._device = cache.rows.device
         self.backup = Backup(self._device)
+        self.kept_keys: HostMirror | None = None
+        """Host memory that outlives the process and must have the keys of every durable row, where
+        that is not the index pool's own memory."""
 
     # Admission
 
@@ -197,8 +201,17 @@ class HiSparseCoordinator:
                 self._upload(self.cache.ring_rows_of(self._seat(sequence), first, end)),
                 self._host_slots(sequence, first, end),
             )
+            if self.kept_keys is not None:
+                self._copy_keys(sequence, first, end, self.kept_keys)
 
         self.backup.start(sequence, end, copy)
+
+    def _copy_keys(self, sequence: Sequence, first: int, end: int, target: HostMirror) -> None:
+        """Copies the index pages of rows [first, end) to the host, all index layers."""
+        page_size = self._page_size
+        pages = sequence.index_lease.pages[first // page_size : -(-end // page_size)]
+        page_ids = self._tensor(pages)
+        copy_rows(self.index.data, target.host_LPX, page_ids, page_ids)
 
     def _preload(self, sequence: Sequence, seat: int) -> None:
         """A sequence that fits is resident whole; else its prompt's last top-k, if known."""

@@ -18,6 +18,7 @@ import torch
 from ..common.clock import Clock
 from ..common.errors import InvariantError, RequestError, TidepoolError
 from ..common.wire import (
+    UNKNOWN_ATTEMPT,
     AnyMessage,
     Cancel,
     Finish,
@@ -32,6 +33,7 @@ from ..model.model import Model
 from ..model.output import OutputRow, has_stopped, no_token_error
 from ..transfer.fronts import FrontGone
 from .coordinator import HiSparseCoordinator
+from .journal import NoJournal, SequenceLog
 from .scheduler import SeatScheduler
 from .sequence import RequestKey, Sequence, SequenceState
 from .step_runner import Launched, StepRunner
@@ -64,6 +66,7 @@ class DecodeEngine:
         park_after_tokens: see SeatScheduler.
         is_overlapped: a step's results are read when the next one has been launched, so that
             scheduling and sending run while the device computes; else at once.
+        journal: hears of every sequence what the node's next process needs to go on with it.
     """
 
     def __init__(
@@ -76,9 +79,12 @@ class DecodeEngine:
         clock: Clock,
         park_after_tokens: int,
         is_overlapped: bool,
+        journal: SequenceLog | None = None,
     ) -> None:
         self._model = model
         self._coordinator = coordinator
+        self._journal: SequenceLog = journal or NoJournal()
+        coordinator.backup.on_durable = self._journal.durable
         self._runner = runner
         self._is_overlapped = is_overlapped
         self._in_flight: deque[_Step] = deque()
@@ -92,6 +98,7 @@ class DecodeEngine:
         self._finished: OrderedDict[RequestKey, tuple[list[OutputToken], Finish]] = OrderedDict()
         self.on_release: Callable[[Sequence], None] = lambda _: None
         self.extra_stats: Callable[[], dict[str, float]] = dict
+        self.kept_stats: Callable[[], dict[str, float]] = dict
         self.num_steps = 0
         self.num_tokens = 0
         self.num_failed = 0
@@ -146,8 +153,23 @@ class DecodeEngine:
         sequence.warm_positions = warm_positions
         if sequence.state is not SequenceState.READY:
             self._coordinator.admit_request_direct(sequence)
+        self._journal.begin(sequence)
         self._scheduler.add(sequence)
         self._append(sequence, first_token)
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Goes on with a READY sequence of the process before (reattach.py).
+
+        Its tokens are known, its newest rows may not be: steps feed what is known first. It may
+        have ended without having noted it.
+        """
+        self._sequences[sequence.key] = sequence
+        self._scheduler.add(sequence)
+        self._finish_if_complete(sequence)
+
+    def adopt_finished(self, key: RequestKey, output: list[OutputToken], finish: Finish) -> None:
+        """Remembers a request that ended in the process before."""
+        self._finished[key] = (output, finish)
 
     def fail(self, key: RequestKey, error: RequestError, *, can_retry: bool) -> None:
         """Ends a request with an error its client sees (or, if `can_retry`, with a new attempt)."""
@@ -236,6 +258,7 @@ class DecodeEngine:
             "failed_requests": self.num_failed,
             "steps_in_flight": len(self._in_flight),
             **self.extra_stats(),
+            **self.kept_stats(),
         }
 
     def check_invariants(self) -> None:
@@ -306,9 +329,13 @@ class DecodeEngine:
         index = len(sequence.output)
         sequence.output.append(token)
         self.num_tokens += 1
+        self._journal.append(sequence, token)  # before anybody can have seen it
         request_id, attempt = sequence.key
         self._send(sequence.front_id, Tokens(request_id, attempt, index, (token,)))
-        sampling = sequence.sampling
+        self._finish_if_complete(sequence)
+
+    def _finish_if_complete(self, sequence: Sequence) -> None:
+        sampling, token = sequence.sampling, sequence.output[-1]
         if has_stopped(token, sampling, len(sequence.output), self._model.config.eos_token_ids):
             self._finish(sequence, "stop")
         elif len(sequence.output) >= sampling.max_tokens:
@@ -327,6 +354,7 @@ class DecodeEngine:
             self._end(sequence, SequenceState.FINISHED, finish)
 
     def _end(self, sequence: Sequence, state: SequenceState, finish: Finish) -> None:
+        self._journal.end(sequence, finish)  # before its pages can belong to another
         self._scheduler.remove(sequence)
         del self._sequences[sequence.key]
         sequence.advance(state)
@@ -345,7 +373,7 @@ class DecodeEngine:
             self.on_release(sequence)
 
     def _resume(self, event: Resume) -> None:
-        """Sends again what the front missed."""
+        """Sends again what the front missed, or says that there is no such attempt here."""
         key = (event.request_id, event.attempt)
         sequence = self._sequences.get(key)
         finish: Finish | None = None
@@ -354,6 +382,7 @@ class DecodeEngine:
         elif key in self._finished:
             output, finish = self._finished[key]
         else:
+            self._send(event.front_id, _unknown(key))
             return
         missed = tuple(output[event.next_index :])
         if missed or finish is None:  # nothing missed is an answer too: the attempt is alive
@@ -381,3 +410,17 @@ class DecodeEngine:
                 f"the decode step failed: {error}", status=500, code="step_failed"
             )
             self.fail(sequence.key, reason, can_retry=True)
+
+
+def _unknown(key: RequestKey) -> Finish:
+    """The answer to a front that asks for an attempt which this process does not have."""
+    return Finish(
+        request_id=key[0],
+        attempt=key[1],
+        reason="error",
+        num_tokens=0,
+        status=503,
+        code=UNKNOWN_ATTEMPT,
+        detail="the decode node does not have this attempt (any more)",
+        can_retry=True,
+    )

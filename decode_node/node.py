@@ -10,6 +10,7 @@ from ..common.clock import MonotonicClock
 from ..common.config import Config
 from ..common.step_loop import Engine, StepLoop
 from ..common.wire import Region
+from ..hostpool.keeper_link import KeeperLink
 from ..hostpool.mirror import HostMirror
 from ..model.runtime import load_runtime
 from ..transfer.control import ControlLoop
@@ -22,6 +23,7 @@ from ..transfer.node import Auditor, Node
 from ..transfer.transport import Transport
 from ..transfer.transports import has_checksums, make_transport
 from .build import build_coordinator, build_engine, max_context
+from .continuity import Continuity
 from .coordinator import HiSparseCoordinator
 from .receiver import Receiver
 
@@ -51,16 +53,31 @@ def _init_kv_manager(
 
 
 def build_node(
-    config: Config, *, node_id: str, bind_host: str, on_fatal: Callable[[BaseException], None]
+    config: Config,
+    *,
+    node_id: str,
+    bind_host: str,
+    on_fatal: Callable[[BaseException], None],
+    link: KeeperLink | None = None,
 ) -> Node:
     """Loads the model, registers host and index pool with the transport, binds the control socket.
+
+    Args:
+        on_fatal: ends the process.
+        link: to the node's keeper, which may hold what the process before left; None: nothing
+            outlives this process.
 
     Raises CheckpointError, ConfigError, PeerError or TransferError.
     """
     runtime = load_runtime(config)
     geometry = runtime.geometry
     clock = MonotonicClock()
-    coordinator = build_coordinator(config, runtime.model.config, geometry, runtime.device)
+    context = max_context(config, runtime.model.config)
+    continuity = Continuity(link, config, geometry, context)
+    on_fatal = continuity.guard(on_fatal)
+    coordinator = build_coordinator(
+        config, runtime.model.config, geometry, runtime.device, continuity.segment
+    )
     kv = _init_kv_manager(config, coordinator, bind_host)
     control = ControlLoop(
         node_id,
@@ -96,7 +113,14 @@ def build_node(
         num_receiving=lambda: importer.num_receiving,
         clock=clock,
     )
-    decode = build_engine(config, runtime.model, coordinator, send=control.send, clock=clock)
+    decode = build_engine(
+        config,
+        runtime.model,
+        coordinator,
+        send=control.send,
+        clock=clock,
+        journal=continuity.journal,
+    )
     receiver = Receiver(
         importer,
         decode,
@@ -112,13 +136,16 @@ def build_node(
         clock,
         grace_s=config.transfer.front_grace_s,
     )
+    engines += continuity.begin(decode, kv.index, clock, on_fatal)
+    for front_id in continuity.front_ids:
+        fronts.expect(front_id)
     mover.start()
     return Node(
         control,
         step_loop,
         [importer, fronts],
         (decode,),
-        max_context=max_context(config, runtime.model.config),
+        max_context=context,
         fence=fence,
         closers=(
             fence.stop,
@@ -126,5 +153,6 @@ def build_node(
             kv.transport.close,
             kv.index.close,
             coordinator.host.close,
+            continuity.close,
         ),
     )

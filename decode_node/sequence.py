@@ -2,6 +2,7 @@
 
     RESERVED -> RECEIVING -> READY -> RUNNING <-> PARKED
     RESERVED -> STAGING   -> READY                            (unified role: a local prefill)
+    RESERVED -> READY                                         (re-attached: its KV was here)
     any state before the end -> FINISHED | FAILED
 
 Positions and who has their rows (`kv_len` rows exist or are being computed):
@@ -44,7 +45,12 @@ class SequenceState(enum.Enum):
 _ENDS = (SequenceState.FINISHED, SequenceState.FAILED)
 
 TRANSITIONS: dict[SequenceState, tuple[SequenceState, ...]] = {
-    SequenceState.RESERVED: (SequenceState.RECEIVING, SequenceState.STAGING, *_ENDS),
+    SequenceState.RESERVED: (
+        SequenceState.RECEIVING,
+        SequenceState.STAGING,
+        SequenceState.READY,
+        *_ENDS,
+    ),
     SequenceState.RECEIVING: (SequenceState.READY, *_ENDS),
     SequenceState.STAGING: (SequenceState.READY, *_ENDS),
     SequenceState.READY: (SequenceState.RUNNING, *_ENDS),

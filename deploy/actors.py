@@ -18,9 +18,12 @@ from typing import Any
 import ray
 
 from ..common.config import Config
+from ..common.errors import SegmentError
+from ..hostpool.keeper_link import KeeperLink
 from ..transfer.node import Node
 from .front.server import FrontServer, build_server, listen
 from .incarnations import Incarnations
+from .keeping import find_or_start, keeper_path
 from .membership import MembershipPoller
 
 LOG_FORMAT = "%(asctime)s [{}] %(levelname)s %(message)s"
@@ -34,15 +37,30 @@ def _end_process(error: BaseException) -> None:
     os._exit(70)
 
 
-def _build(role: str, config: Config, node_id: str, bind_host: str) -> Node:
+def _build(
+    role: str, config: Config, node_id: str, bind_host: str, link: KeeperLink | None
+) -> Node:
     """Builds the node of `role`; imports only what that role needs."""
     if role == "prefill":
         from ..prefill_node.node import build_node  # noqa: PLC0415
     elif role == "decode":
-        from ..decode_node.node import build_node  # noqa: PLC0415
+        from ..decode_node.node import build_node as build_decode  # noqa: PLC0415
+
+        return build_decode(
+            config, node_id=node_id, bind_host=bind_host, on_fatal=_end_process, link=link
+        )
     else:
         from .unified import build_node  # noqa: PLC0415
     return build_node(config, node_id=node_id, bind_host=bind_host, on_fatal=_end_process)
+
+
+def _keeper(config: Config, run_id: str, node_id: str) -> KeeperLink | None:
+    """The keeper of this node's memory, started if need be; without one nothing outlives us."""
+    try:
+        return find_or_start(keeper_path(run_id, node_id), idle_s=config.decode.keep_s)
+    except SegmentError as error:
+        log.warning("no keeper, a kill of this process loses its KV: %s", error)
+        return None
 
 
 def bind_address(config: Config) -> str:
@@ -62,9 +80,12 @@ class NodeActor:
     def __init__(self, role: str, config: Config, node_id: str, run_id: str) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT.format(node_id))
         self._incarnations = Incarnations(f"{run_id}-{node_id}")
-        if not self._incarnations.claim():
+        is_alone = self._incarnations.claim()
+        if not is_alone:
             log.warning("another process of this node holds its record: is it still alive?")
-        self._node = _build(role, config, node_id, bind_address(config))
+        keeps = is_alone and role == "decode" and config.decode.reattach
+        link = _keeper(config, run_id, node_id) if keeps else None
+        self._node = _build(role, config, node_id, bind_address(config), link)
         self._incarnations.record(self._node.control.epoch)
         self._node.start()
 

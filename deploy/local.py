@@ -16,6 +16,8 @@ from ..common.config import Config
 from ..common.errors import InvariantError
 from ..common.wire import AnyMessage, Cancel, Finish, OutputToken, Sampling, Submit, Tokens
 from ..decode_node import build as decode_build
+from ..decode_node.journal import SequenceLog
+from ..hostpool.segment import SharedSegment
 from ..model.runtime import Runtime, load_runtime
 from ..prefill_node import build as prefill_build
 from .unified import LocalHandoff
@@ -28,21 +30,36 @@ STEP_S = 0.01
 class LocalNode:
     """Prefill engine, hand-off and decode engine on the caller's thread.
 
+    Args:
+        segment, journal: of a decode engine whose memory outlives it (decode_node/kept.py).
+
     Attributes:
         tokens, finishes: what a front would have been sent, by request id.
     """
 
-    def __init__(self, config: Config, runtime: Runtime | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime | None = None,
+        *,
+        segment: SharedSegment | None = None,
+        journal: SequenceLog | None = None,
+    ) -> None:
         self.runtime = runtime or load_runtime(config)
         self.inbox: deque[object] = deque()
         self.clock = FakeClock()
         geometry, device = self.runtime.geometry, self.runtime.device
         self.pool = prefill_build.build_pool(config, geometry, device)
         coordinator = decode_build.build_coordinator(
-            config, self.runtime.model.config, geometry, device
+            config, self.runtime.model.config, geometry, device, segment
         )
         self.decode = decode_build.build_engine(
-            config, self.runtime.model, coordinator, send=self._send, clock=self.clock
+            config,
+            self.runtime.model,
+            coordinator,
+            send=self._send,
+            clock=self.clock,
+            journal=journal,
         )
         self.handoff = LocalHandoff(self.decode, self.pool, self.inbox.append)
         self.prefill = prefill_build.build_engine(

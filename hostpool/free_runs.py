@@ -55,6 +55,26 @@ class FreeRuns:
         count = min(self._count_at.get(first, 0), max_pages)
         return [self._cut(first, count)] if count > 0 else []
 
+    def take_exactly(self, run: PageRun) -> bool:
+        """Takes just these pages; False, with nothing changed, unless all are free.
+
+        Walks the free runs: for a node's start.
+        """
+        end = run.first + run.count
+        for first, count in self._count_at.items():
+            if first <= run.first and end <= first + count and run.count > 0:
+                break
+        else:
+            return False
+        self._remove(first)
+        if first < run.first:
+            self._insert(first, run.first - first)
+        if end < first + count:
+            self._insert(end, first + count - end)
+        self._is_free[run.first : end] = bytes(run.count)
+        self.num_free -= run.count
+        return True
+
     def put(self, run: PageRun) -> None:
         """Gives a run back and merges it with its neighbours."""
         end = run.first + run.count

@@ -35,9 +35,14 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 class KeeperLink:
-    """One connection to the keeper that listens at `path`; SegmentError if there is none."""
+    """One connection to the keeper that listens at `path`; SegmentError if there is none.
+
+    Attributes:
+        is_owner: the keeper has accepted this process as the owner.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.is_owner = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_TIMEOUT_S)
         try:
@@ -62,6 +67,7 @@ class KeeperLink:
         while True:
             answer, descriptor = self._ask({"do": "own"})
             if answer["ok"]:
+                self.is_owner = True
                 return None if descriptor is None else SharedSegment.attach(descriptor)
             if time.monotonic() >= deadline_s:
                 raise SegmentError(f"the keeper refuses: {answer.get('why')}")

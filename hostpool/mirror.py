@@ -49,6 +49,11 @@ class HostMirror:
             )
             self.host_LPX = self._memory.data.view(device_LPX.shape)
 
+    @property
+    def is_device(self) -> bool:
+        """The mirror is the pool's own memory."""
+        return self._memory is None
+
     def region(self) -> Region:
         """What peers are told and the transport registers."""
         layers, pages, page_bytes = self.host_LPX.shape

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..common.errors import InvariantError
 from ..common.wire import PageRun
@@ -142,11 +142,21 @@ class PageAllocator:
             raise InvariantError(f"cannot acquire {num_pages} pages")
         if num_pages > self.num_free:
             return None
-        lease = PageLease(self, _merged([], self._free_runs.take(num_pages)), kind)
-        self._leases[id(lease)] = lease
-        self.num_held += num_pages
-        self._held[kind] += num_pages
-        return lease
+        return self._lease(self._free_runs.take(num_pages), kind)
+
+    def try_acquire_exactly(self, runs: Sequence[PageRun], kind: OwnerKind) -> PageLease | None:
+        """A lease of just these pages, in this order; None unless each is free, and named once.
+
+        For pages whose bytes outlived the process that had them leased.
+        """
+        taken: list[PageRun] = []
+        for run in runs:
+            if not self._free_runs.take_exactly(run):
+                for each in taken:
+                    self._free_runs.put(each)
+                return None
+            taken.append(run)
+        return self._lease(taken, kind)
 
     def try_extend(self, lease: PageLease, num_pages: int) -> bool:
         """Grows a live lease: first by the pages right behind its last one, then as try_acquire."""
@@ -194,6 +204,13 @@ class PageAllocator:
             )
         if +held != +self._held or num_quarantined != self.num_quarantined:
             raise InvariantError(f"counts by kind {dict(self._held)} are not {dict(held)}")
+
+    def _lease(self, runs: list[PageRun], kind: OwnerKind) -> PageLease:
+        lease = PageLease(self, _merged([], runs), kind)
+        self._leases[id(lease)] = lease
+        self.num_held += lease.num_pages
+        self._held[kind] += lease.num_pages
+        return lease
 
     def _free(self, lease: PageLease) -> None:
         if self._leases.pop(id(lease), None) is not lease:

@@ -7,7 +7,7 @@ A memfd has no name: nothing is left in /dev/shm when the last holder has ended.
 
 | bytes                   | hold                                                                |
 |-------------------------|---------------------------------------------------------------------|
-| [0, HEADER_BYTES)       | magic, spoiled mark, generation, length and hash of the table, table |
+| [0, HEADER_BYTES)       | magic, spoiled mark, generation, proven generation, table            |
 | the rest                | the parts, each aligned to PART_ALIGNMENT                           |
 
 The table (identity, and name, offset and size of each part) is written once, before anybody else has
@@ -39,7 +39,8 @@ PART_ALIGNMENT = 2 * 1024 * 1024
 MAGIC = b"tidepool segment 1\n\0\0\0\0\0"
 _SPOILED_AT = len(MAGIC)
 _GENERATION_AT = _SPOILED_AT + 8
-_TABLE_AT = _GENERATION_AT + 8
+_PROVEN_AT = _GENERATION_AT + 8
+_TABLE_AT = _PROVEN_AT + 8
 _TABLE_HEAD = struct.Struct("<QQ")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -166,9 +167,19 @@ class SharedSegment:
         struct.pack_into("<Q", self._memory, _GENERATION_AT, self.generation + 1)
 
     @property
+    def num_unproven(self) -> int:
+        """Owners in a row, the newest included, that have not called `prove` (yet)."""
+        proven = struct.unpack_from("<Q", self._memory, _PROVEN_AT)[0]
+        return self.generation - int(proven)
+
+    def prove(self) -> None:
+        """The owner of now works with what it found here."""
+        struct.pack_into("<Q", self._memory, _PROVEN_AT, self.generation)
+
+    @property
     def is_spoiled(self) -> bool:
         """An owner found its own state wrong: nobody may go on from it."""
-        return self._memory[_SPOILED_AT] != 0
+        return bool(self._memory[_SPOILED_AT])
 
     def spoil(self) -> None:
         """Marks the memory as wrong, for ever. One byte: cannot be torn. Any thread."""

@@ -34,7 +34,7 @@ from ..common.clock import Clock, MonotonicClock
 from ..common.config import TransferSection
 from ..common.errors import InvariantError, PeerError, ProtocolError, TidepoolError
 from .curve import ClusterKeys, Gate
-from .session import ControlStats, Handler, LogLimiter, Peer, identity_of, refuse_hello
+from .session import Broken, ControlStats, Handler, LogLimiter, Peer, identity_of, refuse_hello
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -616,7 +616,7 @@ class ControlLoop:
         if is_sent:
             self.stats.num_sent += 1
         else:
-            session.doom = f"{session.peer.node_id} takes no more messages"
+            session.doom = Broken(f"{session.peer.node_id} takes no more messages")
 
     def _try_send_to(self, session: _Session, message: wire.AnyMessage) -> bool:
         frame = self._envelope(session.peer.epoch, message)

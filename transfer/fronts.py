@@ -46,6 +46,10 @@ class FrontHandler:
         self._epochs: dict[str, int] = {}
         self._down_since_s: dict[str, float] = {}
 
+    def expect(self, front_id: str) -> None:
+        """A front that has requests here and is not up yet; called before the loop runs."""
+        self._down_since_s[front_id] = self._clock.now()
+
     def on_message(self, peer: Peer, message: wire.Message) -> bool:
         if peer.role != "front":
             return False

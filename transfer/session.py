@@ -28,6 +28,15 @@ class Peer:
     hello: wire.Hello
 
 
+class Broken(str):
+    """Why a session ended: its connection was closed from the other end.
+
+    So that machine lives, and the process may be gone for good; after silence neither is known.
+    """
+
+    __slots__ = ()
+
+
 class Handler(Protocol):
     """Hears what happens on a control loop; all calls are on its I/O thread and must not block.
 

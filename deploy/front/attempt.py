@@ -26,6 +26,7 @@ class Bounds:
         probe_s: silence after which decode is asked to repeat what may have been lost.
         resend_interval_s: pause between two questions for missing tokens.
         reconnect_s: time a decode node whose session broke has to come back with its requests.
+        reattach_s: the same for the next process of one that was killed; 0: it cannot go on with them.
     """
 
     max_attempts: int
@@ -38,6 +39,7 @@ class Bounds:
     probe_s: float
     resend_interval_s: float
     reconnect_s: float
+    reattach_s: float
 
     @classmethod
     def of(cls, config: Config) -> Bounds:
@@ -53,6 +55,7 @@ class Bounds:
             probe_s=4 * transfer.resend_interval_s,
             resend_interval_s=transfer.resend_interval_s,
             reconnect_s=transfer.heartbeat_timeout_s / 2,
+            reattach_s=config.decode.reattach_wait_s if config.decode.reattach else 0.0,
         )
 
 
@@ -68,6 +71,7 @@ class Attempt:
         finish: the end decode told, perhaps ahead of the last tokens.
         gap_since_s: since when tokens are known to be missing; None if none are.
         cut_since_s: since when there is no session with decode; None while there is one.
+        cut_for_s: how long that may last.
     """
 
     number: int
@@ -78,6 +82,7 @@ class Attempt:
     finish: wire.Finish | None = None
     gap_since_s: float | None = None
     cut_since_s: float | None = None
+    cut_for_s: float = 0.0
     asked_s: float = float("-inf")
 
     @property
@@ -89,6 +94,22 @@ class Attempt:
 
     def needs(self, node_id: str, epoch: int) -> bool:
         return any(node.node_id == node_id and node.epoch == epoch for node in self.nodes)
+
+    def cut(self, for_s: float, now_s: float) -> None:
+        """There is no session with decode, and there may be none for so long."""
+        self.cut_since_s = now_s
+        self.cut_for_s = for_s
+
+    def end_cut(self, now_s: float) -> None:
+        """A session is up again; what was missing before must come from now on."""
+        self.cut_since_s = None
+        if self.gap_since_s is not None:
+            self.gap_since_s = now_s
+
+    def follow(self, decode: NodeInfo, for_s: float, now_s: float) -> None:
+        """Decode has another process, which may go on with this attempt."""
+        self.route = Route(self.route.prefill, decode)
+        self.cut(for_s, now_s)
 
     def merge(self, message: wire.Tokens, now_s: float) -> tuple[wire.OutputToken, ...]:
         """Returns the tokens of `message` that are new and next in line."""
@@ -121,8 +142,8 @@ class Attempt:
 
     def fault(self, bounds: Bounds, now_s: float) -> str | None:
         """Returns which bound is broken: "cut", "gap", "stall", or None."""
-        if self.cut_since_s is not None and now_s - self.cut_since_s > bounds.reconnect_s:
-            return "cut"
+        if self.cut_since_s is not None:
+            return "cut" if now_s - self.cut_since_s > self.cut_for_s else None
         if self.gap_since_s is not None and now_s - self.gap_since_s > bounds.gap_s:
             return "gap"
         silence = bounds.stall_s if self.next_index else bounds.first_token_s

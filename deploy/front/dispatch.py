@@ -29,7 +29,7 @@ class Dispatcher:
     """All live requests of this front and the nodes they run on."""
 
     def __init__(self, control: Control, clock: Clock, metrics: FrontMetrics) -> None:
-        self.nodes = NodeDirectory(control, self._on_lost, self._on_cut)
+        self.nodes = NodeDirectory(control, self._on_lost, self._on_cut, self._on_replaced)
         self._control = control
         self._clock = clock
         self._metrics = metrics
@@ -121,6 +121,9 @@ class Dispatcher:
 
     def _on_cut(self, node_id: str, epoch: int, reason: str) -> None:
         self._tell_running(lambda each: functools.partial(each.on_cut, node_id, epoch, reason))
+
+    def _on_replaced(self, old_epoch: int, info: NodeInfo) -> None:
+        self._tell_running(lambda each: functools.partial(each.on_replaced, old_epoch, info))
 
     def _on_back(self, node_id: str, epoch: int) -> None:
         self._tell_running(lambda each: functools.partial(each.on_back, node_id, epoch))

@@ -4,8 +4,8 @@ Two sources meet here. The membership poller (Ray) calls `update` with every nod
 control plane tells which sessions are up and passes on each node's load. A node takes requests
 when both agree on its epoch. Everything runs on the front's asyncio loop.
 
-A node that is restarted shows a newer epoch: the attempts of the old one are lost, and every other
-node, which may hold pages for the old one, is told by `Fence`, again whenever its session comes up. A node
+A node that is restarted shows a newer epoch: the attempts of the old one are lost, but for those that
+decode may go on with (request.py), and every other node, which may hold pages for the old one, is told by `Fence`, again whenever its session comes up. A node
 that the poller no longer lists gets no new requests; its session stays while requests run on it.
 """
 
@@ -87,6 +87,7 @@ class NodeDirectory:
     Args:
         on_lost: called with (node id, epoch, reason) when an incarnation is gone for good.
         on_cut: the same, when its session is gone; it may come back.
+        on_replaced: called with (old epoch, new NodeInfo) when an incarnation has a successor.
     """
 
     def __init__(
@@ -94,10 +95,12 @@ class NodeDirectory:
         control: Control,
         on_lost: Callable[[str, int, str], None],
         on_cut: Callable[[str, int, str], None],
+        on_replaced: Callable[[int, NodeInfo], None],
     ) -> None:
         self._control = control
         self._on_lost = on_lost
         self._on_cut = on_cut
+        self._on_replaced = on_replaced
         self._nodes: dict[str, Node] = {}
         self._fences: dict[str, list[int]] = {}
         self._picks = 0
@@ -116,6 +119,8 @@ class NodeDirectory:
         for node in list(self._nodes.values()):
             if node.info.node_id not in listed:
                 node.is_listed = False
+                if not node.is_up:
+                    self._on_lost(node.info.node_id, node.info.epoch, "it is not restarted")
                 self._forget_if_unused(node)
 
     def peer_up(self, node_id: str, epoch: int) -> None:
@@ -180,8 +185,8 @@ class NodeDirectory:
         """The incarnation the directory knew has a successor, `info`, and is spoken to no more."""
         old = node.info.epoch
         self._drop_session(node)
-        self._on_lost(info.node_id, old, f"restarted (epoch {old} is now {info.epoch})")
         node.info = info
+        self._on_replaced(old, info)
         self._control.fence(info.node_id, old)
 
     def _spread_fences(self, info: NodeInfo) -> None:

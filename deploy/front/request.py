@@ -10,6 +10,7 @@ runs; an ended request has either a finish reason or an error and sends nothing 
 | WAITING | its wait is over                  | ENDED (503)                             |
 | RUNNING | Finish, and all its tokens are in | ENDED                                   |
 | RUNNING | node lost, failure, silence, gap  | WAITING, or ENDED after `max_attempts`  |
+| RUNNING | decode is restarted               | RUNNING, if its next process has it     |
 | any     | `stop`, `fail`                    | ENDED                                   |
 
 A new attempt gets the prompt plus the tokens received so far and what is left of the limits.
@@ -27,7 +28,9 @@ import msgspec
 
 from ...common import wire
 from ...common.errors import InvariantError, RequestError
+from ...transfer.session import Broken
 from .attempt import Attempt, Bounds
+from .nodes import NodeInfo
 from .ports import ModelLimits
 from .router import Route
 
@@ -198,12 +201,27 @@ class FrontRequest:
 
     def on_cut(self, node_id: str, epoch: int, reason: str, now_s: float) -> list[Send]:
         """The session with an incarnation is gone; it may live. Decode gets `reconnect_s` to come
-        back, because it keeps what it has sent; a prefill node may have missed the Submit."""
+        back, because it keeps what it has sent, and if its process seems to be gone and not its
+        machine, the next one gets `reattach_s`; a prefill node may have missed the Submit."""
         attempt = self._attempt
         if attempt is None or attempt.next_index == 0:
             return self.on_lost(node_id, epoch, reason, now_s)
         if attempt.needs(node_id, epoch):
-            attempt.cut_since_s = now_s
+            is_killed = isinstance(reason, Broken) and attempt.route.decode.role == "decode"
+            reattach_s = self._bounds.reattach_s if is_killed else 0.0
+            attempt.cut(max(self._bounds.reconnect_s, reattach_s), now_s)
+        return []
+
+    def on_replaced(self, old_epoch: int, info: NodeInfo, now_s: float) -> list[Send]:
+        """An incarnation has a successor. One of decode may have the attempt: it is asked."""
+        attempt = self._attempt
+        if attempt is None or not attempt.needs(info.node_id, old_epoch):
+            return []
+        reattach_s = self._bounds.reattach_s if info.role == "decode" else 0.0
+        if attempt.next_index == 0 or not reattach_s:
+            reason = f"restarted (epoch {old_epoch} is now {info.epoch})"
+            return self.on_lost(info.node_id, old_epoch, reason, now_s)
+        attempt.follow(info, reattach_s, now_s)
         return []
 
     def on_back(self, node_id: str, epoch: int, now_s: float) -> list[Send]:
@@ -211,7 +229,7 @@ class FrontRequest:
         attempt = self._attempt
         if attempt is None or attempt.cut_since_s is None or not attempt.needs(node_id, epoch):
             return []
-        attempt.cut_since_s = None
+        attempt.end_cut(now_s)
         return self._resume(now_s)
 
     def on_unsent(self, reason: str, now_s: float) -> None:
@@ -300,6 +318,8 @@ class FrontRequest:
             code=message.code or "node_error",
             retry_after_s=1.0 if message.status in (429, 503) else None,
         )
+        if message.code == wire.UNKNOWN_ATTEMPT:
+            return self._lose("node_lost", detail, now_s, set(), error)
         if not message.can_retry:
             sends = self._cancels(error.code)
             self._finish_with(error)

@@ -48,7 +48,8 @@ def make_config(**sections: dict[str, Any]) -> Config:
         **sections.pop("front", {}),
     }
     transfer = {"resend_interval_s": 0.1, "deadline_s": 2.0, **sections.pop("transfer", {})}
-    return parse({"front": front, "transfer": transfer, **sections})
+    decode = {"reattach_wait_s": 0.6, **sections.pop("decode", {})}
+    return parse({"front": front, "transfer": transfer, "decode": decode, **sections})
 
 
 class ByteDecoder:
@@ -189,9 +190,9 @@ class FakeControl:
         self.live[node_id] = epoch
         self.handler.on_peer_up(FakePeer(node_id, epoch))
 
-    def down(self, node_id: str) -> None:
+    def down(self, node_id: str, reason: str = "silent") -> None:
         epoch = self.live.pop(node_id)
-        self.handler.on_peer_down(FakePeer(node_id, epoch), "silent")
+        self.handler.on_peer_down(FakePeer(node_id, epoch), reason)
 
     def say(self, node_id: str, message: Any) -> None:
         if node_id in self.live:

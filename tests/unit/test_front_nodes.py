@@ -30,6 +30,7 @@ from tidepool.deploy.front.metrics import FrontMetrics
 from tidepool.deploy.front.nodes import NodeDirectory
 from tidepool.deploy.front.request import FrontRequest
 from tidepool.deploy.front.router import missing_roles, pick
+from tidepool.transfer.session import Broken
 
 
 @pytest.fixture
@@ -45,7 +46,12 @@ def lost() -> list[tuple[str, int]]:
 @pytest.fixture
 def directory(control: FakeControl, lost: list[tuple[str, int]]) -> NodeDirectory:
     note = lambda node_id, epoch, reason: lost.append((node_id, epoch))  # noqa: E731
-    directory = NodeDirectory(control, on_lost=note, on_cut=note)
+    directory = NodeDirectory(
+        control,
+        on_lost=note,
+        on_cut=note,
+        on_replaced=lambda old_epoch, info: lost.append((info.node_id, old_epoch)),
+    )
     control.handler = None
     return directory
 
@@ -149,6 +155,15 @@ def test_an_unlisted_node_keeps_its_session_while_it_is_used(directory, control,
     assert pick(directory, 1, 2, ()) is not None
 
 
+def test_requests_of_a_node_that_is_silent_and_not_restarted_are_lost(directory, lost):
+    all_up(directory, PAIR)
+    directory.acquire("decode-0")
+    directory.peer_down("decode-0", 1, "broken")
+    lost.clear()
+    directory.update(PAIR[:1])
+    assert lost == [("decode-0", 1)]
+
+
 def test_a_session_that_ends_late_changes_nothing(directory, lost):
     all_up(directory, PAIR)
     directory.peer_up("decode-0", 2)
@@ -170,14 +185,16 @@ class Bench:
         self.dispatcher.update_nodes(TWO_PAIRS)
         bring_up(self.control, TWO_PAIRS)
 
-    def submit(self, request_id: str = "r", max_tokens: int = 6) -> FrontRequest:
+    def submit(
+        self, request_id: str = "r", max_tokens: int = 6, *, reattach: bool = True
+    ) -> FrontRequest:
         request = FrontRequest(
             request_id,
             (1, 2, 3),
             wire.Sampling(max_tokens=max_tokens, seed=2),
             front_id="front-0",
             model=MODEL,
-            bounds=Bounds.of(make_config()),
+            bounds=Bounds.of(make_config(decode={"reattach": reattach})),
             now_s=self.clock.now(),
             notify=lambda: None,
         )
@@ -268,19 +285,98 @@ def test_no_node_in_time_is_a_503():
     assert request.error is not None and request.error.status == 503
 
 
-def test_a_restarted_decode_gets_its_requests_again():
-    bench = Bench()
-    request = bench.submit()
-    bench.control.play(3)
-    (_, submit) = bench.control.messages(wire.Submit)[0]
+def restart(bench: Bench, submit: wire.Submit, seen_by: str) -> None:
+    """Decode comes back as epoch 2; first the poller sees it, or the session."""
     infos = [
         dataclasses.replace(info, epoch=2) if info.node_id == submit.decode_id else info
         for info in TWO_PAIRS
     ]
-    bench.control.live.pop(submit.decode_id)
+    bench.control.live.pop(submit.decode_id, None)
+    if seen_by == "poller":
+        bench.dispatcher.update_nodes(infos)
+    bench.control.up(submit.decode_id, epoch=2)
     bench.dispatcher.update_nodes(infos)
+
+
+def begun(bench: Bench, num_steps: int, **kwargs) -> tuple[FrontRequest, wire.Submit]:
+    """A request with so many tokens; what its node would have sent is lost with it."""
+    request = bench.submit(**kwargs)
+    bench.control.play(num_steps)
+    bench.control.steps.clear()
+    (_, submit) = bench.control.messages(wire.Submit)[0]
+    return request, submit
+
+
+@pytest.mark.parametrize("seen_by", ["poller", "session"])
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_restarted_decode_that_has_the_request_goes_on_with_it(seen_by, is_noticed):
+    bench = Bench()
+    request, submit = begun(bench, 3)
+    if is_noticed:
+        bench.control.down(submit.decode_id, Broken("closed"))
+        bench.clock.advance(0.5)
+        bench.dispatcher.tick()
+    restart(bench, submit, seen_by)
+    (node_id, resume) = bench.control.messages(wire.Resume)[-1]
+    assert (node_id, resume.attempt, resume.next_index) == (submit.decode_id, 1, 3)
+    bench.control.say(node_id, tokens_of(submit, 2, TRUTH[2:5]))
+    bench.control.say(node_id, tokens_of(submit, 5, TRUTH[5:]))
+    bench.control.say(node_id, finish_of(submit, 6))
+    assert (ids(request), request.attempts, request.finish_reason) == (TRUTH, 1, "length")
     bench.run_out()
-    assert ids(request) == TRUTH
+    assert len(bench.control.messages(wire.Submit)) == 1
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize("seen_by", ["poller", "session"])
+def test_a_restarted_decode_that_does_not_have_it_gets_it_again_at_once(seen_by):
+    bench = Bench()
+    request, submit = begun(bench, 3)
+    restart(bench, submit, seen_by)
+    unknown = finish_of(submit, 0, "error", status=503, code=wire.UNKNOWN_ATTEMPT, can_retry=True)
+    bench.control.say(submit.decode_id, unknown)
+    assert len(bench.control.messages(wire.Submit)) == 2
+    assert request.avoid == set()
+    bench.run_out()
+    assert (ids(request), request.attempts) == (TRUTH, 2)
+    bench.assert_idle()
+
+
+@pytest.mark.parametrize(
+    ("reason", "reattach_s", "waits_s"),
+    [("silent", 3.0, 0.75), (Broken("closed"), 3.0, 3.0), (Broken("closed"), 0.0, 0.75)],
+)
+def test_a_decode_that_does_not_come_back_is_waited_for_so_long(reason, reattach_s, waits_s):
+    bench = Bench()
+    request, submit = begun(bench, 3)
+    request._bounds = dataclasses.replace(request._bounds, reattach_s=reattach_s)
+    bench.control.down(submit.decode_id, reason)
+    bench.clock.advance(waits_s - 0.01)
+    bench.dispatcher.tick()
+    assert len(bench.control.messages(wire.Submit)) == 1
+    bench.clock.advance(0.02)
+    bench.dispatcher.tick()
+    bench.dispatcher.tick()
+    assert len(bench.control.messages(wire.Submit)) == 2
+    bench.run_out()
+    assert (ids(request), request.attempts) == (TRUTH, 2)
+
+
+def test_without_reattaching_a_restarted_decode_gets_its_requests_again():
+    bench = Bench()
+    request, submit = begun(bench, 3, reattach=False)
+    restart(bench, submit, "poller")
+    assert bench.control.messages(wire.Resume) == []
+    bench.run_out()
+    assert (ids(request), request.attempts) == (TRUTH, 2)
+
+
+def test_a_request_without_a_token_is_submitted_again_when_decode_is_restarted():
+    bench = Bench()
+    request, submit = begun(bench, 0)
+    restart(bench, submit, "poller")
+    bench.run_out()
+    assert (ids(request), request.attempts) == (TRUTH, 2)
 
 
 def test_tokens_nobody_waits_for_are_answered_with_cancel():

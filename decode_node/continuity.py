@@ -1,0 +1,97 @@
+"""Joins a decode node to what outlives its process: memory, journal, and the sequences found there.
+
+Used by decode_node/node.py on the thread that builds the node. Without a link to a keeper, or where
+the keeper fails, everything here is a no-op and the node works as if nothing could outlive it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from ..common.clock import Clock
+from ..common.config import Config
+from ..common.errors import SegmentError
+from ..common.layouts import KvGeometry
+from ..common.step_loop import Engine
+from ..hostpool.keeper_link import KeeperLink
+from ..hostpool.mirror import HostMirror
+from ..hostpool.segment import SharedSegment
+from .engine import DecodeEngine
+from .journal import Journal
+from .kept import KeptMemory, claim
+from .reattach import Aftermath, Reattached, reattach
+
+log = logging.getLogger(__name__)
+
+
+class Continuity:
+    """Built first, `begin` last.
+
+    Attributes:
+        segment: for the node's pools; None: they allocate.
+        journal: for the engine.
+        front_ids: fronts that wait for sequences of the process before; after `begin`.
+    """
+
+    def __init__(
+        self, link: KeeperLink | None, config: Config, kv: KvGeometry, max_context: int
+    ) -> None:
+        self._memory: KeptMemory | None = None
+        self.segment: SharedSegment | None = None
+        self.journal: Journal | None = None
+        self.front_ids: tuple[str, ...] = ()
+        if link is None:
+            return
+        try:
+            self._memory = claim(link, config, kv, max_context)
+        except SegmentError as error:
+            log.warning("nothing will outlive this process: %s", error)
+            return
+        self.segment = self._memory.segment
+        self.journal = self._memory.journal()
+
+    def guard(self, on_fatal: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
+        """`on_fatal` for a node that finds its own state wrong: nobody goes on from it."""
+        return on_fatal if self._memory is None else self._memory.guard(on_fatal)
+
+    def begin(
+        self,
+        decode: DecodeEngine,
+        index: HostMirror,
+        clock: Clock,
+        on_fatal: Callable[[BaseException], None],
+    ) -> list[Engine]:
+        """Goes on with what is there; returns what the step loop must run for it.
+
+        Args:
+            index: the index pool's mirror, in the segment.
+            on_fatal: of `guard`. Called if it cannot be gone on from, so that the next process
+                starts clean.
+        """
+        memory, journal = self._memory, self.journal
+        if memory is None or journal is None:
+            return []
+        if not index.is_device:
+            decode.coordinator.kept_keys = index
+        past = Reattached()
+        if not memory.is_fresh:
+            try:
+                past = reattach(decode, journal, index)
+            except Exception as error:
+                on_fatal(error)
+                raise
+        self.front_ids = past.front_ids
+        aftermath = Aftermath(memory, decode.coordinator, lambda: decode.num_steps, clock.now)
+        decode.kept_stats = lambda: {
+            **past.stats(),
+            "pages_kept_from_guests": aftermath.num_kept_back,
+            "journal_live": journal.num_live,
+            "journal_not_kept": journal.num_not_kept,
+        }
+        return [aftermath]
+
+    def close(self) -> None:
+        """The node ends in order, and nothing is to outlive it."""
+        if self._memory is not None:
+            self._memory.close()
