@@ -72,22 +72,36 @@ class TracedContext(DecodeContext):
 
     trace_TK: Tensor
     step_1: Tensor
+    parts = 0
+    """Parts of a step's rows; 0: as the engine chooses."""
 
-    def _select(self, index_layer: int, query_TID: Tensor, weight_TI: Tensor) -> None:
-        super()._select(index_layer, query_TID, weight_TI)
+    def __init__(self, cache: HotCache, host: HostPool, index: IndexPool, batch: StepBatch) -> None:
+        super().__init__(cache, host, index, batch)
+        if self.parts:
+            self._part_rows = -(-batch.scores_BC.shape[0] // self.parts)
+
+    def _select(self, index_layer: int, part: slice, query_BID: Tensor, weight_BI: Tensor) -> None:
+        super()._select(index_layer, part, query_BID, weight_BI)
         batch = self._batch
-        shift_B = batch.seats_B.clamp(min=0) * 7
+        shift_B = batch.seats_B[part].clamp(min=0) * 7
         trace_BK = self.trace_TK[(self.step_1 + shift_B) % TRACE_STEPS]
-        batch.topk_idx_BK.copy_(torch.where(batch.lens_B[:, None] > 0, trace_BK, -1))
+        is_row_B1 = batch.lens_B[part, None] > 0
+        batch.topk_idx_BK[part] = torch.where(is_row_B1, trace_BK, -1)
 
 
 class UncopiedCache(HotCache):
     """Plans, and leaves the missing rows where they are."""
 
     def _plan_and_copy(
-        self, group: int, topk_idx_BK: Tensor, lens_B: Tensor, seats_B: Tensor, host_rows: Tensor
+        self,
+        group: int,
+        first_row: int,
+        topk_idx_BK: Tensor,
+        lens_B: Tensor,
+        seats_B: Tensor,
+        host_rows: Tensor,
     ) -> None:
-        batch, plan = topk_idx_BK.shape[0], self._plan
+        part, plan = slice(first_row, first_row + topk_idx_BK.shape[0]), self._plan
         resolve(
             topk_idx_BK,
             lens_B,
@@ -98,11 +112,11 @@ class UncopiedCache(HotCache):
             self.slot_of_position_GSC[group],
             self.last_use_GSH[group],
             self.step_1,
-            plan.hot_idx_SK[:batch],
-            plan.miss_host_slot_SK[:batch],
-            plan.miss_device_row_SK[:batch],
-            self._counters.num_misses_of(group, batch),
-            self._fault_GS[group, :batch],
+            plan.hot_idx_SK[part],
+            plan.miss_host_slot_SK[part],
+            plan.miss_device_row_SK[part],
+            self._counters.num_misses_GS[group, part],
+            self._fault_GS[group, part],
             self.geometry.page_size,
             self.ring_rows,
         )
@@ -171,6 +185,7 @@ class Bench:
             self.host, index, seats, cache, admission, warm_start=False
         )
         self.cache = cache
+        self._set_trace()
         runner = StepRunner(
             model,
             cache,
@@ -179,7 +194,7 @@ class Bench:
             max_batch=point.batch,
             max_context=length,
             use_graphs=use_graphs,
-            make_context=self._traced(),
+            make_context=TracedContext,
             batches=[point.batch],
             contexts=[length],
         )
@@ -200,7 +215,7 @@ class Bench:
             sequence.advance(SequenceState.RECEIVING)
             self.engine.make_ready(sequence, OutputToken(number + 1), ())
 
-    def _traced(self) -> Any:
+    def _set_trace(self) -> None:
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(self.point.context, generator=generator)
         topk = self.model.config.index_topk
@@ -208,11 +223,6 @@ class Bench:
         trace_TK = order[at_TK % order.numel()].sort(1).values.to(torch.int32)
         TracedContext.trace_TK = trace_TK.to(self.model.device)
         TracedContext.step_1 = self.cache.step_1
-
-        def make(cache: HotCache, host: HostPool, index: IndexPool, batch: StepBatch) -> Any:
-            return TracedContext(cache, host, index, batch)
-
-        return make
 
     def run(self) -> dict[str, Any]:
         for _ in range(WARM_STEPS):
@@ -266,6 +276,10 @@ class Bench:
             for _ in range(4):
                 self.engine.step()
             self._settle()
+        self.kernels = {
+            event.key[:90]: round(event.self_device_time_total / 4, 1)
+            for event in profile.key_averages()
+        }
         spans = sorted(
             (event.time_range.start, event.time_range.end)
             for event in profile.events()
@@ -301,6 +315,19 @@ def points(args: argparse.Namespace, kv: KvGeometry) -> list[Point]:
     return found
 
 
+def measure(model: Model, kv: KvGeometry, point: Point, args: argparse.Namespace) -> dict[str, Any]:
+    bench = Bench(model, kv, point, use_graphs=not args.no_graphs)
+    result = bench.run() | {"seat_mb": round(seat_bytes(kv, point) / 1e6, 1)}
+    if args.profile:
+        shares = sorted(bench.kernels.items(), key=lambda share: -share[1])
+        print("\n".join(f"{us:10.1f} us  {name}" for name, us in shares[:24]), flush=True)
+    bench.close()
+    del bench
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path)
@@ -319,6 +346,8 @@ def main() -> None:
     parser.add_argument("--swap-batches", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--hot-rows", type=int, default=4096)
     parser.add_argument("--misses", type=int, default=137)
+    parser.add_argument("--parts", type=int, nargs="+", help="parts of a step's rows to try")
+    parser.add_argument("--profile", action="store_true", help="print each kernel's share")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
@@ -332,17 +361,14 @@ def main() -> None:
     kv = geometry(config, KvSection(layout=args.layout))
     results = []
     for point in points(args, kv):
-        try:
-            bench = Bench(model, kv, point, use_graphs=not args.no_graphs)
-            result = bench.run() | {"seat_mb": round(seat_bytes(kv, point) / 1e6, 1)}
-            bench.close()
-        except (RuntimeError, AssertionError) as error:
-            result = asdict(point) | {"error": f"{type(error).__name__}: {error}"[:400]}
-        bench = None
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-        results.append(result)
-        print(json.dumps(result), flush=True)
+        for parts in args.parts or (0,):
+            TracedContext.parts = parts
+            try:
+                result = measure(model, kv, point, args)
+            except (RuntimeError, AssertionError) as error:
+                result = asdict(point) | {"error": f"{type(error).__name__}: {error}"[:400]}
+            results.append(result | {"parts": parts or "auto"})
+            print(json.dumps(results[-1]), flush=True)
     if args.out:
         about = {
             "arguments": {k: str(v) for k, v in vars(args).items()},

@@ -153,11 +153,20 @@ class HotCache:
             self.slot_of_position_GSC[index, seat, positions] = slots
 
     def swap_in(
-        self, group: int, topk_idx_BK: Tensor, lens_B: Tensor, seats_B: Tensor, host_rows: Tensor
+        self,
+        group: int,
+        first_row: int,
+        topk_idx_BK: Tensor,
+        lens_B: Tensor,
+        seats_B: Tensor,
+        host_rows: Tensor,
     ) -> None:
         """Plans the group's step and starts the copies of its layers' missing rows.
 
+        May be called for parts of a step's rows, one behind the other.
+
         Args:
+            first_row: row of the step at which this part begins.
             topk_idx_BK: int32, selected positions, -1 = none; not changed before `hot_idx`.
             lens_B: int64, sequence lengths, the newest token included.
             seats_B: int64, seat of each batch row, -1 = padded.
@@ -166,22 +175,27 @@ class HotCache:
         Faults (kernels/resolve.py) are gathered for `end_step`.
         """
         self._group = group
-        batch = topk_idx_BK.shape[0]
-        hot_idx_BK = self._plan.hot_idx_SK[:batch]
         if self.is_resident:
             base_B1 = (seats_B * self.seat_rows).to(torch.int32)[:, None]
+            hot_idx_BK = self._plan.hot_idx_SK[first_row : first_row + topk_idx_BK.shape[0]]
             hot_idx_BK.copy_(torch.where(topk_idx_BK >= 0, topk_idx_BK + base_B1, -1))
             return
         with self._side.fork():
-            self._plan_and_copy(group, topk_idx_BK, lens_B, seats_B, host_rows)
+            self._plan_and_copy(group, first_row, topk_idx_BK, lens_B, seats_B, host_rows)
 
     def _plan_and_copy(
-        self, group: int, topk_idx_BK: Tensor, lens_B: Tensor, seats_B: Tensor, host_rows: Tensor
+        self,
+        group: int,
+        first_row: int,
+        topk_idx_BK: Tensor,
+        lens_B: Tensor,
+        seats_B: Tensor,
+        host_rows: Tensor,
     ) -> None:
-        batch = topk_idx_BK.shape[0]
+        part = slice(first_row, first_row + topk_idx_BK.shape[0])
         first, *others = self._layers_of_group[group]
-        plan, num_misses_B = self._plan, self._counters.num_misses_of(group, batch)
-        misses = (plan.miss_host_slot_SK[:batch], plan.miss_device_row_SK[:batch], num_misses_B)
+        plan, num_misses_B = self._plan, self._counters.num_misses_GS[group, part]
+        misses = (plan.miss_host_slot_SK[part], plan.miss_device_row_SK[part], num_misses_B)
         swap_in(
             topk_idx_BK,
             lens_B,
@@ -192,9 +206,9 @@ class HotCache:
             self.slot_of_position_GSC[group],
             self.last_use_GSH[group],
             self.step_1,
-            plan.hot_idx_SK[:batch],
+            plan.hot_idx_SK[part],
             *misses,
-            self._fault_GS[group, :batch],
+            self._fault_GS[group, part],
             host_rows[first],
             self.rows[first],
             self.geometry.page_size,

@@ -23,7 +23,12 @@ class HotCacheStats:
 
 
 class HotCounters:
-    """Args: `layers_of_group`, how many layers share each index group's plan; `row_bytes` of a row."""
+    """Args: `layers_of_group`, how many layers share each index group's plan; `row_bytes` of a row.
+
+    Attributes:
+        num_misses_GS: int32, misses of each group and batch row of a step, written by `swap_in` and
+            counted at the step's end.
+    """
 
     def __init__(
         self,
@@ -42,15 +47,11 @@ class HotCounters:
         if device.type == "cuda":
             self._published_3 = torch.zeros(3, dtype=torch.int64, pin_memory=True)
         groups = len(layers_of_group)
-        self._num_misses_GS = torch.zeros((groups, num_seats), dtype=torch.int32, device=device)
-
-    def num_misses_of(self, group: int, batch: int) -> Tensor:
-        """int32 [B] of this step, to be written by `swap_in`; all groups' are counted at its end."""
-        return self._num_misses_GS[group, :batch]
+        self.num_misses_GS = torch.zeros((groups, num_seats), dtype=torch.int32, device=device)
 
     def end_step(self, lens_B: Tensor) -> None:
         """Adds a step of B sequences of these lengths (int64; 0: padded)."""
-        misses_G = self._num_misses_GS[:, : lens_B.shape[0]].sum(1)
+        misses_G = self.num_misses_GS[:, : lens_B.shape[0]].sum(1)
         num_selected = lens_B.clamp(max=self._topk).sum() * misses_G.shape[0]
         self._totals_3 += torch.stack(
             (num_selected, misses_G.sum(), (misses_G * self._layers_G).sum())

@@ -18,8 +18,8 @@ from torch import Tensor
 class AttentionContext(Protocol):
     """Where one forward pass keeps KV rows and indexer keys.
 
-    Call order in a layer: `store_kv`; then, on a layer with an indexer of its own,
-    `store_index_keys` and `select`; then `attend`, which uses the newest selection.
+    Call order in a layer: on a layer with an indexer of its own `store_index_keys` and `select`;
+    then `store_kv`; then `attend`, which uses the newest selection.
     """
 
     def store_kv(self, layer: int, latent_TC: Tensor, rope_key_TR: Tensor) -> None:

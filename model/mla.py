@@ -86,9 +86,10 @@ class LatentAttention:
         self, x_TM: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
     ) -> Tensor:
         q_latent_TQ = rms_norm(linear(x_TM, self.q_a_QM), self.q_norm_Q, self.norm_eps)
-        self._store(x_TM, cos_TF, sin_TF, context)
+        # First of all: what is selected may have to be fetched while the rest is computed.
         if self.indexer is not None:
             self.indexer(x_TM, q_latent_TQ, cos_TF, sin_TF, context)
+        self._store(x_TM, cos_TF, sin_TF, context)
         num_heads = self.up_key_HNC.shape[0]
         q_TH = linear(q_latent_TQ, self.q_b).unflatten(-1, (num_heads, -1))
         q_nope_THN, q_rope_THR = q_TH[..., : self.nope_dim], q_TH[..., self.nope_dim :]

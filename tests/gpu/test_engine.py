@@ -134,7 +134,7 @@ def test_graphs_and_late_results_change_no_token_however_requests_come_and_park(
 ) -> None:
     seed = VETTED_SEEDS["glm52"][0]
     path = session_checkpoint(tmp_path_factory, "glm52", seed)
-    requests = [prompt(number, 20 + 17 * number) for number in range(5)]
+    requests = [prompt(number, 90 - 17 * number) for number in range(5)]
     settings = {"decode.hot_rows": INDEX_TOPK, "kv.page_size": 4, "model.device": "cuda"}
     node = UnifiedHarness(
         path,
@@ -152,6 +152,7 @@ def test_graphs_and_late_results_change_no_token_however_requests_come_and_park(
         for _ in range(3):
             node.step()
     node.cancel("r3")
+    node.ask("short", prompt(9, 30), max_tokens=3)  # deserves a seat before the others
     node.run()
     assert node.decode.stats()["parks"] > 0
     alone = UnifiedHarness(path, **{"kv.page_size": 4})
