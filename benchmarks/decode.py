@@ -336,6 +336,7 @@ def main() -> None:
     parser.add_argument("--dense-layers", type=int, default=1)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", choices=["bf16", "fp8"], default="fp8")
     parser.add_argument("--layout", default="mla_fp8")
     parser.add_argument("--suite", default="memory,fits,swap")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
@@ -357,7 +358,12 @@ def main() -> None:
         num_dense_layers=args.dense_layers,
         num_experts=args.experts,
     )
-    model = Model.random(config, dtype=getattr(torch, args.dtype), device=args.device)
+    model = Model.random(
+        config,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+        fp8_weights=args.weights == "fp8",
+    )
     kv = geometry(config, KvSection(layout=args.layout))
     results = []
     for point in points(args, kv):
