@@ -1,4 +1,4 @@
-"""CUDA side of sparse_mla for Hopper, bf16 rows of 512 + 64 values (kernels in csrc/sparse_mla.cu).
+"""CUDA side of sparse_mla for Hopper, rows of 512 + 64 values, bf16 or FP8 (csrc/sparse_mla.cu).
 
 `can_take` says which calls it is for; others go to Triton (triton_sparse_mla.py). Launched on torch's
 current stream, without a synchronisation; partial results live in memory of torch's caching
@@ -17,6 +17,7 @@ from .cuda_library import CudaLibrary, fields, num_processors, stream_of
 HEADS = 64
 TILE_ROWS = 64
 LATENT, ROPE = 512, 64
+LAYOUTS = ("mla_bf16", "mla_fp8")
 MAX_SPLITS = 64
 _LOG2E = 1.4426950408889634
 
@@ -39,12 +40,18 @@ _LIBRARY = CudaLibrary("sparse_mla.cu", lambda library, _: library.tidepool_prep
 
 
 def can_take(
-    q_latent_BHC: Tensor, q_rope_BHR: Tensor, rows_NX: Tensor, row_idx_BK: Tensor, out_BHC: Tensor
+    q_latent_BHC: Tensor,
+    q_rope_BHR: Tensor,
+    rows_NX: Tensor,
+    row_idx_BK: Tensor,
+    layout: str,
+    out_BHC: Tensor,
 ) -> bool:
-    """Whether the shapes, dtypes and strides are those the kernel is written for."""
-    _, num_heads, latent_dim = q_latent_BHC.shape
+    """Whether the layout, shapes, dtypes and strides are those the kernel is written for."""
+    latent_dim = q_latent_BHC.shape[2]
     return (
-        num_heads > HEADS // 2
+        layout in LAYOUTS
+        and bool(row_idx_BK.numel() and rows_NX.shape[0])
         and (latent_dim, q_rope_BHR.shape[2]) == (LATENT, ROPE)
         and q_latent_BHC.dtype == q_rope_BHR.dtype == out_BHC.dtype == torch.bfloat16
         and row_idx_BK.stride(1) == 1
@@ -62,6 +69,7 @@ def launch(
     rows_NX: Tensor,
     row_idx_BK: Tensor,
     scale: float,
+    layout: str,
     out_BHC: Tensor,
 ) -> None:
     """tidepool::sparse_mla for what `can_take` takes; `num_splits` None: chosen."""
@@ -97,7 +105,8 @@ def launch(
         scale * _LOG2E,
     )
     library = _LIBRARY.on(device)
-    code = library.tidepool_sparse_mla(ctypes.byref(params), stream_of(device))
+    is_fp8 = int(layout == "mla_fp8")
+    code = library.tidepool_sparse_mla(ctypes.byref(params), is_fp8, stream_of(device))
     _LIBRARY.check("sparse_mla", code, params)
 
 

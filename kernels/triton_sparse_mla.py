@@ -221,9 +221,8 @@ def sparse_mla(
     Goes to csrc/sparse_mla.cu where that kernel is for the call, which is faster.
     """
     arguments = (q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK)
-    is_there = bool(row_idx_BK.numel() and rows_NX.shape[0])
-    if layout == "mla_bf16" and is_there and cuda_sparse_mla.can_take(*arguments, out_BHC):
-        cuda_sparse_mla.launch(None, *arguments, scale, out_BHC)
+    if cuda_sparse_mla.can_take(*arguments, layout, out_BHC):
+        cuda_sparse_mla.launch(None, *arguments, scale, layout, out_BHC)
         return
     launch(None, q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout, out_BHC)
 

@@ -1,0 +1,249 @@
+// What brings queries and selected rows into shared memory for sparse_mla.cu.
+#pragma once
+
+#include "mla_tile.cuh"
+
+namespace tidepool {
+
+// Starts copying the CTA's heads into panels; heads past the last are zeros.
+__device__ __forceinline__ void start_queries(const MlaParams& p, MlaSmem& smem, int b, int head) {
+    const int word = threadIdx.x % 8;
+    const uint32_t target = shared_address(smem.query);
+#pragma unroll
+    for (int pass = 0; pass < kHeads * 8 / kConsumers; ++pass) {
+        const int h = static_cast<int>(threadIdx.x) / 8 + pass * (kConsumers / 8);
+        const bool is_there = head + h < p.num_heads;
+        const int64_t row = is_there ? head + h : head;
+        const __nv_bfloat16* latent =
+            p.q_latent + b * p.latent_stride_b + row * p.latent_stride_h + word * 8;
+        const __nv_bfloat16* rope = p.q_rope + b * p.rope_stride_b + row * p.rope_stride_h + word * 8;
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+            const __nv_bfloat16* source = panel < kLatent / 64 ? latent + panel * 64 : rope;
+            copy_word(target + panel * kPanelBytes + swizzled(h, word),
+                      reinterpret_cast<const char*>(source), is_there);
+        }
+    }
+}
+
+// The rows of a CTA's stretch.
+struct RowList {
+    static constexpr int kLine = 128;
+
+    const MlaParams& p;
+    const int32_t* row_idx;
+    int num_left;
+    int ahead;  // row of this thread in the next tile to be asked for
+
+    __device__ __forceinline__ int at(int k) const { return k < num_left ? row_idx[k] : -1; }
+    __device__ __forceinline__ bool is_there(int row) const { return row >= 0 && row < p.num_rows; }
+    __device__ __forceinline__ const char* address(int row) const {
+        return p.rows + (is_there(row) ? row * p.row_stride : 0);
+    }
+
+    // Asks for the rows of `ahead`'s tile and looks up those of tile t; `thread` of kThreads.
+    template <int kThreads, int kRowBytes>
+    __device__ __forceinline__ void look_ahead(int t, int thread) {
+        constexpr int kThreadsARow = kThreads / kTileRows;
+        if (is_there(ahead)) {
+            const char* source = p.rows + ahead * p.row_stride;
+#pragma unroll
+            for (int line = 0; line < (kRowBytes + kLine - 1) / kLine; line += kThreadsARow) {
+                const int byte = (line + thread % kThreadsARow) * kLine;
+                if (byte < kRowBytes) {
+                    prefetch_line(source + byte);
+                }
+            }
+        }
+        ahead = at(t * kTileRows + thread / kThreadsARow);
+    }
+};
+
+// bf16 rows of the CTA's stretch, tile after tile.
+__device__ __forceinline__ void produce_bf16(MlaSmem& smem, RowList list, int num_tiles) {
+    constexpr int kRowsAPass = kProducers / 8;
+    constexpr int kPasses = kTileRows / kRowsAPass;
+    const int thread = threadIdx.x - kConsumers;
+    const int word = thread % 8;
+    const int first = thread / 8;
+    int next_row[kPasses];
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+        next_row[i] = list.at(first + i * kRowsAPass);
+    }
+    for (int t = 0; t < num_tiles; ++t) {
+        const int group = t % kGroups;
+        int row[kPasses];
+#pragma unroll
+        for (int i = 0; i < kPasses; ++i) {
+            row[i] = next_row[i];
+            next_row[i] = list.at((t + 1) * kTileRows + first + i * kRowsAPass);
+        }
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            if (t >= kGroups) {
+                barrier_wait(&smem.empty[group][part], (t / kGroups - 1) % 2);
+            }
+            const uint32_t tile = shared_address(smem.tile[group]);
+            const int base = first_panel(group ^ part);
+#pragma unroll
+            for (int i = 0; i < kPasses; ++i) {
+                const bool is_there = list.is_there(row[i]);
+                const char* source = list.address(row[i]) + word * 16;
+                const uint32_t target = tile + swizzled(first + i * kRowsAPass, word);
+#pragma unroll
+                for (int j = 0; j < kHalfPanels; ++j) {
+                    copy_word(target + (base + j) * kPanelBytes,
+                              source + (base + j) * kPanelRowBytes, is_there);
+                }
+                if (part == 0) {
+                    copy_word(target + (kPanels - 1) * kPanelBytes,
+                              source + (kPanels - 1) * kPanelRowBytes, is_there);
+                    if (word == 0) {
+                        smem.bias[group][first + i * kRowsAPass] = is_there ? 0.0f : kNone;
+                    }
+                }
+            }
+            barrier_arrive_copied(&smem.full[group][part]);
+            if (part == 0) {
+                barrier_arrive(&smem.biased[group]);
+            }
+        }
+        list.look_ahead<kProducers, kTileBytes / kTileRows>(t + kTilesAhead + 1, thread);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// An FP8 row: 512 e4m3 values, the float32 scales of its four blocks of 128, 64 bf16 values.
+constexpr int kFp8ScaleOffset = kLatent;
+constexpr int kFp8RopeOffset = kFp8ScaleOffset + 16;
+constexpr int kFp8RowBytes = kFp8RopeOffset + 2 * kRope;
+
+// Two of a word's four e4m3 values (bytes 0 and 1, or 2 and 3) as bf16 times 2^-120: their bits in
+// place. The permutation repeats each byte's sign above it. e4m3's NaN would become 480; rows that
+// this project stores have a NaN scale there.
+template <int kPair>
+__device__ __forceinline__ __nv_bfloat162 place_bits(uint32_t word) {
+    uint32_t spread;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(spread) : "r"(word), "n"(kPair == 0 ? 0x9180 : 0xb3a2));
+    spread = spread << 4 & 0x87f087f0u;
+    return *reinterpret_cast<__nv_bfloat162*>(&spread);
+}
+
+// A scale as the sum of two bf16, which keeps 16 bits of it.
+struct SplitScale {
+    __nv_bfloat162 high;
+    __nv_bfloat162 low;
+
+    __device__ __forceinline__ explicit SplitScale(float scale)
+        : high(__float2bfloat162_rn(scale)),
+          low(__float2bfloat162_rn(scale - __low2float(high))) {}
+
+    template <int kPair>
+    __device__ __forceinline__ uint32_t times(uint32_t word) const {
+        const __nv_bfloat162 power = __float2bfloat162_rn(0x1p120f);
+        const __nv_bfloat162 value = __hmul2(place_bits<kPair>(word), power);
+        const __nv_bfloat162 scaled = __hfma2(value, high, __hmul2(value, low));
+        return *reinterpret_cast<const uint32_t*>(&scaled);
+    }
+};
+
+__device__ __forceinline__ void store_word(char* target, const uint4& value) {
+    *reinterpret_cast<uint4*>(target) = value;
+}
+
+// A part of a row on its way through a thread's registers; 4 threads share a row.
+struct Fp8Unit {
+    uint4 latent[kHalfPanels];  // 16 values of each panel
+    uint4 rope[2];
+    float2 scale;
+
+    template <int kPart>
+    __device__ __forceinline__ void load(const RowList& list, int row, int half, int quarter) {
+        const bool is_there = list.is_there(row);
+        const char* source = list.address(row);
+        const uint4 none = {};
+#pragma unroll
+        for (int j = 0; j < kHalfPanels; ++j) {
+            const char* at = source + (first_panel(half) + j) * 64 + quarter * 16;
+            latent[j] = is_there ? __ldg(reinterpret_cast<const uint4*>(at)) : none;
+        }
+        const char* at = source + kFp8ScaleOffset + half * 8;
+        scale = is_there ? __ldg(reinterpret_cast<const float2*>(at)) : make_float2(0.0f, 0.0f);
+        if constexpr (kPart == 0) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                at = source + kFp8RopeOffset + (quarter + 4 * j) * 16;
+                rope[j] = is_there ? __ldg(reinterpret_cast<const uint4*>(at)) : none;
+            }
+        }
+    }
+
+    template <int kPart>
+    __device__ __forceinline__ void store(char* tile, int row, int half, int quarter) const {
+#pragma unroll
+        for (int block = 0; block < 2; ++block) {
+            const SplitScale by(block == 0 ? scale.x : scale.y);
+#pragma unroll
+            for (int j = block * 2; j < block * 2 + 2; ++j) {
+                char* panel = tile + (first_panel(half) + j) * kPanelBytes;
+                const uint4& w = latent[j];
+                store_word(panel + swizzled(row, 2 * quarter),
+                           {by.times<0>(w.x), by.times<1>(w.x), by.times<0>(w.y), by.times<1>(w.y)});
+                store_word(panel + swizzled(row, 2 * quarter + 1),
+                           {by.times<0>(w.z), by.times<1>(w.z), by.times<0>(w.w), by.times<1>(w.w)});
+            }
+        }
+        if constexpr (kPart == 0) {
+            char* panel = tile + (kPanels - 1) * kPanelBytes;
+            store_word(panel + swizzled(row, quarter), rope[0]);
+            store_word(panel + swizzled(row, quarter + 4), rope[1]);
+        }
+    }
+};
+
+// FP8 rows, turned into bf16 on the way; a part's loads are in flight while the one before is stored.
+struct Fp8Producer {
+    MlaSmem& smem;
+    RowList list;
+    int thread;   // of the producers
+    int at;       // row of a tile
+    int quarter;
+    int row;
+    int next_row;
+    Fp8Unit unit;
+
+    template <int kPart>
+    __device__ __forceinline__ void move_part(int t) {
+        const int group = t % kGroups;
+        if (t >= kGroups) {
+            barrier_wait(&smem.empty[group][kPart], (t / kGroups - 1) % 2);
+        }
+        unit.template store<kPart>(smem.tile[group], at, group ^ kPart, quarter);
+        if (kPart == 0 && quarter == 0) {
+            smem.bias[group][at] = list.is_there(row) ? 0.0f : kNone;
+        }
+        fence_async();
+        barrier_arrive(&smem.full[group][kPart]);
+        if (kPart == 0) {
+            barrier_arrive(&smem.biased[group]);
+        }
+        // Behind the first part comes this tile's second one, then the next tile's first.
+        const int half = kPart == 0 ? group ^ 1 : (t + 1) % kGroups;
+        unit.template load<1 - kPart>(list, kPart == 0 ? row : next_row, half, quarter);
+    }
+
+    __device__ __forceinline__ void run(int num_tiles) {
+        row = list.at(at);
+        unit.template load<0>(list, row, 0, quarter);
+        for (int t = 0; t < num_tiles; ++t) {
+            next_row = list.at((t + 1) * kTileRows + at);
+            move_part<0>(t);
+            move_part<1>(t);
+            row = next_row;
+            list.look_ahead<kWideningProducers, kFp8RowBytes>(t + kTilesAhead + 1, thread);
+        }
+    }
+};
+
+}  // namespace tidepool

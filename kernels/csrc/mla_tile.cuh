@@ -1,0 +1,133 @@
+// What the parts of sparse_mla.cu share: parameters, shared memory, barriers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "wgmma.cuh"
+
+namespace tidepool {
+
+constexpr int kHeads = 64;  // of a CTA
+constexpr int kTileRows = 64;
+constexpr int kLatent = 512;
+constexpr int kRope = 64;
+constexpr int kPanels = (kLatent + kRope) / 64;
+constexpr int kPanelBytes = 64 * kPanelRowBytes;
+constexpr int kTileBytes = kPanels * kPanelBytes;
+constexpr int kHalfColumns = kLatent / 2;
+constexpr int kHalfPanels = kHalfColumns / 64;
+constexpr int kGroups = 2;  // warpgroups that multiply, and tiles in shared memory
+constexpr int kConsumers = 128 * kGroups;
+constexpr int kProducers = 128;        // threads that bring bf16 rows
+constexpr int kWideningProducers = 256;  // that bring FP8 rows and widen them
+constexpr float kNone = -3.0e38f;    // logit of a row that is not there
+constexpr float kLowest = -1.0e30f;  // maximum of no logits; over kNone, so that its weight is 0
+constexpr int kTilesAhead = 2;       // of the loads are the rows asked into the L2
+
+// kernels/cuda_sparse_mla.py mirrors this struct.
+struct MlaParams {
+    const __nv_bfloat16* q_latent;  // [B, H, 512]
+    const __nv_bfloat16* q_rope;    // [B, H, 64]
+    const char* rows;               // [N, row_stride bytes], bf16 or FP8
+    const int32_t* row_idx;         // [B, K], -1 = none
+    float* parts;                   // [B, S, H, 512]; written if S > 1
+    float* lse;                     // [B, S, H], base 2; written if S > 1
+    __nv_bfloat16* out;             // [B, H, 512]; written
+    int64_t latent_stride_b;        // strides in values
+    int64_t latent_stride_h;
+    int64_t rope_stride_b;
+    int64_t rope_stride_h;
+    int64_t idx_stride_b;
+    int64_t out_stride_b;
+    int64_t out_stride_h;
+    int64_t row_stride;    // bytes
+    int32_t batch;         // B
+    int32_t num_heads;     // H
+    int32_t num_selected;  // K
+    int32_t num_rows;      // N
+    int32_t num_splits;    // S
+    int32_t split_rows;    // of a stretch, a multiple of 64
+    float scale_log2;      // softmax scale * log2(e)
+};
+
+// Tile t belongs to warpgroup t % 2 and lies in its place. Its first part is the panels of that
+// group's output columns and the rope panel, its second part the other group's columns.
+struct MlaSmem {
+    char query[kTileBytes];           // panels of 64 heads
+    char tile[kGroups][kTileBytes];   // panels of 64 rows
+    char weight[kPanelBytes];         // 64 heads x 64 rows, from one group to the other
+    float best[kGroups][kHeads];      // maximum over all tiles up to the group's last
+    float sum[kGroups][kHeads];
+    float bias[kGroups][kTileRows];   // of a row's logits: 0, or kNone if it is not there
+    uint64_t full[kGroups][2];
+    uint64_t empty[kGroups][2];
+    uint64_t biased[kGroups];         // `bias` of the group's tile is written
+    uint64_t weighed[kGroups];        // `weight` and `best` of the group's tile are written
+};
+
+__device__ __forceinline__ int first_panel(int group) { return group * kHalfPanels; }
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives once all earlier cp.async of this thread have landed.
+__device__ __forceinline__ void barrier_arrive_copied(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "wait:\n"
+        "mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
+        "@p bra done;\n"
+        "bra wait;\n"
+        "done:\n}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void fence_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void consumers_barrier() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
+}
+
+// 16 bytes; zeros if not `is_there`.
+__device__ __forceinline__ void copy_word(uint32_t target, const char* source, bool is_there) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+                 "r"(is_there ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ float exp2_fast(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+
+__device__ __forceinline__ void prefetch_line(const char* source) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
+}
+
+// Threads of one warpgroup that multiplies.
+__device__ __forceinline__ void group_barrier(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+}
+
+}  // namespace tidepool
