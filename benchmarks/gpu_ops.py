@@ -1,11 +1,12 @@
 """How long do top-k selection, sparse attention and indexer scores of one layer take on this GPU?
 
-    python benchmarks/gpu_ops.py --json out.json
+    python benchmarks/gpu_ops.py --json out.json [--table]
 
 Each figure is the median over replays of a CUDA graph that makes the call on several input sets in
 turn, per call: device time, launch gaps between kernels included, Python excluded. Keys and rows
 rotate over more memory than the L2 holds, as the layers of a step do; scores stay in it, as they do
-behind the kernel that wrote them. Results are compared with the references' formula before timing.
+behind the kernel that wrote them. --table writes what was measured of attention into the table that the
+automatic choice goes by.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tidepool.kernels import attention
+from tidepool.kernels.attention_table import TABLE
 from tidepool.kernels.index_logits import index_logits
 from tidepool.kernels.select_topk import select_topk
-from tidepool.kernels.sparse_mla import sparse_mla
 from tidepool.kernels.store_index_keys import store_index_keys
 from tidepool.kernels.store_rows import store_rows
 
@@ -31,8 +34,12 @@ REPLAYS = 40
 Call = Callable[[], None]
 
 SELECT_SHAPES = ((1, 65536), (8, 65536), (32, 65536), (64, 65536), (256, 32768), (32, 131072))
-MLA_BATCHES = (1, 8, 32, 64, 128, 256)
-MLA_TARGET_US = {1: 25.0, 8: 25.0, 32: 45.0}
+MLA_POINTS = tuple(
+    (layout, heads, batch)
+    for layout in ("mla_bf16", "mla_fp8")
+    for heads in (8, 16, 32, 64, 128)
+    for batch in ((1, 8, 32, 64, 128, 256) if heads >= 64 else (1, 8, 32, 128))
+)
 DEEPGEMM_US = {
     (1, 65536): 5.1,
     (8, 65536): 22.6,
@@ -148,19 +155,110 @@ def mla_sets(
     return sets
 
 
+def backends_of(arguments: tuple[object, ...]) -> list[str]:
+    """Those that can take the call and are worth timing: Triton is for few heads."""
+    tensors = (*arguments[:4], *arguments[5:])
+    names = ["cuda", "flashmla_sparse"] + ["triton"] * (arguments[0].shape[1] < 64)  # type: ignore[attr-defined]
+    return [name for name in names if attention.CAN_TAKE[name](*tensors)]
+
+
 def bench_mla(batch: int, heads: int, layout: str) -> dict[str, float]:
+    """Microseconds of each backend, and of the op, which chooses; results are compared."""
     sets = mla_sets(batch, heads, layout)
-    ours, spread = time_us([lambda s=s: sparse_mla(*s) for s in sets])  # type: ignore[misc]
-    teraflops = batch * heads * TOPK * 2 * (576 + 512) / ours / 1e6
-    result = {"us": ours, "p90_us": spread, "tflop_per_s": teraflops}
-    if heads == 128 and layout == "mla_bf16" and batch in MLA_TARGET_US:
-        result["goal_us"] = MLA_TARGET_US[batch]
+    result: dict[str, float] = {}
+    reference = None
+    for name in backends_of(sets[0]):
+        launch = attention.LAUNCH[name]
+        us, _ = time_us([lambda s=s, launch=launch: launch(*s) for s in sets], 15)  # type: ignore[misc]
+        result[name] = us
+        out = sets[0][-1].float()
+        reference = out if reference is None else reference
+        error = float((out - reference).norm() / reference.norm())
+        if not error < 1e-2:
+            raise SystemExit(f"sparse_mla: {name} differs from the first by {error}")
+    if layout == "mla_bf16" and "flashmla_sparse" in result:
+        result["flashmla alone"] = flashmla_alone(sets)
+    return result
+
+
+def flashmla_alone(sets: list[tuple[Tensor, Tensor, Tensor, Tensor, float, str, Tensor]]) -> float:
+    """Its kernel on queries that lie together, without the copy of its result to ours."""
+    import flash_mla  # noqa: PLC0415
+
+    calls = [
+        (torch.cat(s[:2], -1), s[2].view(torch.bfloat16).view(-1, 1, 576), s[3][:, None])
+        for s in sets
+    ]
+    us, _ = time_us(
+        [
+            lambda c=c: flash_mla.flash_mla_sparse_fwd(  # type: ignore[misc]
+                *c, 0.05, 512, use_legacy=True, return_log2_lse=False
+            )
+            for c in calls
+        ],
+        15,
+    )
+    return us
+
+
+def write_table(results: dict[str, dict[str, float]], commit: str) -> None:
+    """data/sparse_mla.json of the kernels: what attention.py chooses by."""
+    us: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for layout, heads, batch in MLA_POINTS:
+        times = results[mla_name(layout, heads, batch)]
+        kept = {name: round(times[name], 2) for name in times if name in attention.LAUNCH}
+        us.setdefault(layout, {}).setdefault(str(heads), {})[str(batch)] = kept
+    table = {
+        "what": "sparse_mla, top-k 2048, rows of 512 + 64: microseconds a call in a CUDA graph",
+        "command": "python benchmarks/gpu_ops.py --table",
+        "commit": commit,
+        "machine": torch.cuda.get_device_name(),
+        "versions": f"torch {torch.__version__}, CUDA {torch.version.cuda}, sgl-flash-mla 1.0.0",
+        "date": time.strftime("%Y-%m-%d"),
+        "us": us,
+    }
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def mla_name(layout: str, heads: int, batch: int) -> str:
+    return f"sparse_mla {layout} {heads} heads batch {batch}"
+
+
+def bench_prefill(context: int, layout: str) -> dict[str, float]:
+    """A chunk of 2048 tokens at the end of `context`, 128 heads; beside it, dense products."""
+    tokens, heads = 2048, 128
+    row_bytes = 1152 if layout == "mla_bf16" else 656
+    rows = torch.empty(context, row_bytes, dtype=torch.uint8, device="cuda")
+    values = torch.randn(context, 576, device="cuda")
+    store_rows(values[:, :512], values[:, 512:], torch.arange(context, device="cuda"), rows, layout)
+    first = context - tokens
+    idx = torch.full((tokens, TOPK), -1, dtype=torch.int32, device="cuda")
+    for token in range(tokens):
+        seen = min(first + token + 1, TOPK)
+        idx[token, :seen] = torch.randperm(first + token + 1, device="cuda")[:seen].sort().values
+    q = torch.randn(tokens, heads, 576, device="cuda").bfloat16()
+    out = torch.empty(tokens, heads, 512, dtype=torch.bfloat16, device="cuda")
+    arguments = (q[..., :512], q[..., 512:], rows, idx, 0.05, layout, out)
+    result: dict[str, float] = {}
+    for name in backends_of(arguments):
+        launch = attention.LAUNCH[name]
+        result[name], _ = time_us([lambda launch=launch: launch(*arguments)] * 2, 5)
+    keys = values.bfloat16()
+    block = q[:256].flatten(0, 1)
+
+    def dense() -> None:
+        torch.mm((block @ keys.T).softmax(-1), keys[:, :512])
+
+    result["dense products"] = time_us([dense], 5)[0] * tokens / 256
+    result["rows"] = float((idx >= 0).sum()) / tokens
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", action="store_true", help="write the kernels' table")
+    parser.add_argument("--commit", default="unknown", help="what to write as the commit")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results: dict[str, dict[str, float]] = {}
@@ -174,13 +272,15 @@ def main() -> None:
     for batch, columns in SELECT_SHAPES:
         add(f"select_topk {batch} x {columns}", bench_select(batch, columns))
     add("select_topk 4 x 1048576", bench_select_1m())
-    for batch in MLA_BATCHES:
-        add(f"sparse_mla bf16 128 heads batch {batch}", bench_mla(batch, 128, "mla_bf16"))
-    for batch in (1, 8, 32):
-        add(f"sparse_mla bf16 64 heads batch {batch}", bench_mla(batch, 64, "mla_bf16"))
-        add(f"sparse_mla fp8 128 heads batch {batch}", bench_mla(batch, 128, "mla_fp8"))
+    for layout, heads, batch in MLA_POINTS:
+        add(mla_name(layout, heads, batch), bench_mla(batch, heads, layout))
+    for context in (2048, 16384, 65536):
+        for layout in ("mla_bf16", "mla_fp8"):
+            add(f"prefill {layout} context {context}", bench_prefill(context, layout))
     for batch, columns in SELECT_SHAPES:
         add(f"index_logits {batch} x {columns}", bench_logits(batch, columns))
+    if arguments.table:
+        write_table(results, arguments.commit)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 

@@ -102,6 +102,14 @@ class DecodeSection:
 
 
 @dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
+class KernelsSection:
+    """Which kernels a GPU node uses where there are several."""
+
+    attention: Literal["auto", "flashmla_sparse", "cuda", "triton", "reference"] = "auto"
+    """Sparse attention. auto: the fastest measured for the layout, heads and batch, of those that are there; flashmla_sparse: FlashMLA's wheel (extra `kernels`); cuda: our own, for Hopper; triton: our own, anywhere; reference: torch ops, for comparing, not in CUDA graphs. Refused at start where it cannot run."""
+
+
+@dataclass(frozen=True, slots=True, config=_STRICT, kw_only=True)
 class TransferSection:
     """The hand-off."""
 
@@ -199,6 +207,7 @@ class Config:
     kv: KvSection = field(default_factory=KvSection)
     prefill: PrefillSection = field(default_factory=PrefillSection)
     decode: DecodeSection = field(default_factory=DecodeSection)
+    kernels: KernelsSection = field(default_factory=KernelsSection)
     transfer: TransferSection = field(default_factory=TransferSection)
     front: FrontSection = field(default_factory=FrontSection)
     cluster: ClusterSection = field(default_factory=ClusterSection)

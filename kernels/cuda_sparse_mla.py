@@ -19,6 +19,8 @@ TILE_ROWS = 64
 LATENT, ROPE = 512, 64
 LAYOUTS = ("mla_bf16", "mla_fp8")
 MAX_SPLITS = 64
+_TRIM_BATCH = 512
+"""Above it a call is a prompt's chunk, whose first tokens see few rows: it pays to look where they end."""
 _LOG2E = 1.4426950408889634
 
 
@@ -30,7 +32,7 @@ class MlaParams(ctypes.Structure):
             pointers="q_latent q_rope rows row_idx parts lse out",
             int64="latent_stride_b latent_stride_h rope_stride_b rope_stride_h idx_stride_b "
             "out_stride_b out_stride_h row_stride",
-            int32="batch num_heads num_selected num_rows num_splits split_rows",
+            int32="batch num_heads num_selected num_rows num_splits split_rows trims",
         ),
         ("scale_log2", ctypes.c_float),
     ]
@@ -102,6 +104,7 @@ def launch(
         rows_NX.shape[0],
         num_splits,
         -(-num_selected // (num_splits * TILE_ROWS)) * TILE_ROWS,
+        batch > _TRIM_BATCH,
         scale * _LOG2E,
     )
     library = _LIBRARY.on(device)

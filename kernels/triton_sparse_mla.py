@@ -25,13 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.errors import KernelError
-from . import cuda_sparse_mla
 from .cuda_library import num_processors
 from .store_rows import row_layout, unpack_rows
 
 MAX_SPLITS = 64
 _LOG2E = 1.4426950408889634
-_FP32_BLOCK_BYTES = 256 << 20
+_REFERENCE_BLOCK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,26 +206,6 @@ def _join_kernel(
     tl.store(out + c_C, out_C.to(out.dtype.element_ty), mask=c_C < C)
 
 
-def sparse_mla(
-    q_latent_BHC: Tensor,
-    q_rope_BHR: Tensor,
-    rows_NX: Tensor,
-    row_idx_BK: Tensor,
-    scale: float,
-    layout: str,
-    out_BHC: Tensor,
-) -> None:
-    """tidepool::sparse_mla on CUDA; arguments of kernels/sparse_mla.py.
-
-    Goes to csrc/sparse_mla.cu where that kernel is for the call, which is faster.
-    """
-    arguments = (q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK)
-    if cuda_sparse_mla.can_take(*arguments, layout, out_BHC):
-        cuda_sparse_mla.launch(None, *arguments, scale, layout, out_BHC)
-        return
-    launch(None, q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout, out_BHC)
-
-
 def launch(
     tuning: Tuning | None,
     q_latent_BHC: Tensor,
@@ -237,14 +216,14 @@ def launch(
     layout: str,
     out_BHC: Tensor,
 ) -> None:
-    """As `sparse_mla`; `tuning` None: chosen."""
+    """tidepool::sparse_mla for any call; `tuning` None: chosen."""
     batch, num_heads, latent_dim = q_latent_BHC.shape
     num_selected = row_idx_BK.shape[1]
     if not batch or not num_selected or not rows_NX.shape[0]:
         out_BHC.zero_()
         return
     if layout == "mla_fp32":
-        _sparse_mla_fp32(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, out_BHC)
+        launch_reference(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout, out_BHC)
         return
     if rows_NX.stride(1) != 1 or out_BHC.stride(2) != 1:
         raise KernelError(
@@ -332,26 +311,30 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _sparse_mla_fp32(
+def launch_reference(
     q_latent_BHC: Tensor,
     q_rope_BHR: Tensor,
     rows_NX: Tensor,
     row_idx_BK: Tensor,
     scale: float,
+    layout: str,
     out_BHC: Tensor,
 ) -> None:
-    """The reference's formula in torch ops, a block of tokens at a time; nothing waits."""
+    """The reference's formula in torch ops, a block of tokens at a time.
+
+    Allocates its temporaries; waits for the device only to look for NaN in FP8 rows.
+    """
     latent_dim = q_latent_BHC.shape[-1]
-    row_layout("mla_fp32", latent_dim, q_rope_BHR.shape[-1])
+    row_layout(layout, latent_dim, q_rope_BHR.shape[-1])
     q_BHX = torch.cat([q_latent_BHC, q_rope_BHR], -1).float() * scale
-    block = max(1, _FP32_BLOCK_BYTES // (row_idx_BK.shape[1] * rows_NX.shape[1]))
+    block = max(1, _REFERENCE_BLOCK_BYTES // (row_idx_BK.shape[1] * 4 * q_BHX.shape[-1]))
     for start in range(0, q_BHX.shape[0], block):
         tokens = slice(start, start + block)
         idx_BK = row_idx_BK[tokens]
         is_none_BK = (idx_BK < 0) | (idx_BK >= rows_NX.shape[0])
         picked = rows_NX[idx_BK.masked_fill(is_none_BK, 0).to(torch.int64)]
         latent_BKC, rope_BKR = unpack_rows(
-            picked.masked_fill_(is_none_BK[..., None], 0), "mla_fp32", latent_dim
+            picked.masked_fill_(is_none_BK[..., None], 0), layout, latent_dim
         )
         rows_BKX = torch.cat([latent_BKC, rope_BKR], -1)
         logits_BHK = torch.bmm(q_BHX[tokens], rows_BKX.transpose(1, 2))

@@ -26,6 +26,7 @@ def load_runtime(config: Config) -> Runtime:
     """Loads `config.model.path`. Raises CheckpointError or ConfigError."""
     section = config.model
     device = _device(section.device)
+    _choose_kernels(config, device)
     if section.threads:
         torch.set_num_threads(section.threads)
     if section.dtype == "auto":
@@ -43,6 +44,17 @@ def check_model(config: Config) -> ModelConfig:
     if not config.model.path:
         raise ConfigError("model.path: no checkpoint directory was given")
     return ModelConfig.from_dir(config.model.path)
+
+
+def _choose_kernels(config: Config, device: torch.device) -> None:
+    backend = config.kernels.attention
+    if device.type == "cuda":
+        # Imports Triton, which hosts without a GPU lack.
+        from ..kernels import attention  # noqa: PLC0415
+
+        attention.use(backend)
+    elif backend not in ("auto", "reference"):
+        raise ConfigError(f"kernels.attention: {backend!r} needs a GPU, the model runs on the CPU")
 
 
 def _device(name: str) -> torch.device:

@@ -4,8 +4,7 @@
 // product with the group's own half of the columns, and through shared memory to the other group. Per
 // tile t, in group t % 2:
 //
-//   logits of t | output += weights of t - 1 | output += weights of t
-//               | weights of t               |
+//   half the logits of t | output += weights of t - 1 | the other half, weights of t | output += those
 //
 // while the other group is half a period behind. Tiles are added in order, and each tile's weights
 // refer to the largest logit so far, so what was summed before never needs to be scaled up.
@@ -49,12 +48,17 @@ struct Consumer {
         }
     }
 
-    // Queues the logits of the group's tile t, part by part as they come.
+    // Queues what the group's own columns and the rope columns give to the logits of its tile t.
     __device__ __forceinline__ void start_logits(int t) {
         wait_full(0, t);
         wgmma_begin();
         add_logits<1>(kPanels - 1, true);
         add_logits<kHalfPanels>(first_panel(group), false);
+        wgmma_commit();
+    }
+
+    // Queues the rest.
+    __device__ __forceinline__ void finish_logits(int t) {
         wait_full(1, t);
         wgmma_begin();
         add_logits<kHalfPanels>(first_panel(group ^ 1), false);
@@ -125,11 +129,10 @@ struct Consumer {
         }
     }
 
-    // Logits [kFirst, kEnd) to weights in `packed`; adds to their sums.
-    template <int kFirst, int kEnd>
+    // Logits to weights in `packed`; adds to their sums.
     __device__ __forceinline__ void weigh(const float (&now)[2], float (&tile_sum)[2]) {
 #pragma unroll
-        for (int i = kFirst; i < kEnd; i += 2) {
+        for (int i = 0; i < kTileRows / 2; i += 2) {
             const int r = i / 2 % 2;
             const float low = exp2_fast(logits[i] - now[r]);
             const float high = exp2_fast(logits[i + 1] - now[r]);
@@ -166,28 +169,25 @@ struct Consumer {
             float now[2] = {kLowest, kLowest};
             float tile_sum[2] = {0.0f, 0.0f};
             start_logits(t);
-            barrier_wait(&smem.biased[group], t / kGroups % 2);
-            wgmma_wait<0>();
-            keep(logits);
             if (t > 0) {
                 wait_weighed(t - 1, now);
                 refer_to(now);
                 keep(acc);
                 start_output_of_other();
             }
-            find_best(now);
-            weigh<0, kTileRows / 4>(now, tile_sum);
-            compute_here<kTileRows / 8>(packed);
-            // Passes at once; a loop, over which the assembler does not lift the wait behind it.
-            barrier_wait(&smem.biased[group], t / kGroups % 2);
-            // Its memory is wanted back: the next tile's second part goes there.
             wgmma_wait<0>();
             keep(acc);
+            keep(logits);
             if (t > 0) {
                 barrier_arrive(&smem.empty[group ^ 1][1]);
-                group_barrier(group);  // all its warps have read `weight`
             }
-            weigh<kTileRows / 4, kTileRows / 2>(now, tile_sum);
+            finish_logits(t);
+            barrier_wait(&smem.biased[group], t / kGroups % 2);
+            wgmma_wait<0>();
+            keep(logits);
+            find_best(now);
+            weigh(now, tile_sum);
+            group_barrier(group);  // all its warps have read `weight`
             publish(now);
             refer_to(now);
             sum[0] += tile_sum[0];

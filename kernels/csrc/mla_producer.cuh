@@ -152,57 +152,12 @@ __device__ __forceinline__ void store_word(char* target, const uint4& value) {
     *reinterpret_cast<uint4*>(target) = value;
 }
 
-// A part of a row on its way through a thread's registers; 4 threads share a row.
-struct Fp8Unit {
-    uint4 latent[kHalfPanels];  // 16 values of each panel
-    uint4 rope[2];
-    float2 scale;
+__device__ __forceinline__ uint4 load_word(const char* source, bool is_there) {
+    return is_there ? __ldg(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
+}
 
-    template <int kPart>
-    __device__ __forceinline__ void load(const RowList& list, int row, int half, int quarter) {
-        const bool is_there = list.is_there(row);
-        const char* source = list.address(row);
-        const uint4 none = {};
-#pragma unroll
-        for (int j = 0; j < kHalfPanels; ++j) {
-            const char* at = source + (first_panel(half) + j) * 64 + quarter * 16;
-            latent[j] = is_there ? __ldg(reinterpret_cast<const uint4*>(at)) : none;
-        }
-        const char* at = source + kFp8ScaleOffset + half * 8;
-        scale = is_there ? __ldg(reinterpret_cast<const float2*>(at)) : make_float2(0.0f, 0.0f);
-        if constexpr (kPart == 0) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                at = source + kFp8RopeOffset + (quarter + 4 * j) * 16;
-                rope[j] = is_there ? __ldg(reinterpret_cast<const uint4*>(at)) : none;
-            }
-        }
-    }
-
-    template <int kPart>
-    __device__ __forceinline__ void store(char* tile, int row, int half, int quarter) const {
-#pragma unroll
-        for (int block = 0; block < 2; ++block) {
-            const SplitScale by(block == 0 ? scale.x : scale.y);
-#pragma unroll
-            for (int j = block * 2; j < block * 2 + 2; ++j) {
-                char* panel = tile + (first_panel(half) + j) * kPanelBytes;
-                const uint4& w = latent[j];
-                store_word(panel + swizzled(row, 2 * quarter),
-                           {by.times<0>(w.x), by.times<1>(w.x), by.times<0>(w.y), by.times<1>(w.y)});
-                store_word(panel + swizzled(row, 2 * quarter + 1),
-                           {by.times<0>(w.z), by.times<1>(w.z), by.times<0>(w.w), by.times<1>(w.w)});
-            }
-        }
-        if constexpr (kPart == 0) {
-            char* panel = tile + (kPanels - 1) * kPanelBytes;
-            store_word(panel + swizzled(row, quarter), rope[0]);
-            store_word(panel + swizzled(row, quarter + 4), rope[1]);
-        }
-    }
-};
-
-// FP8 rows, turned into bf16 on the way; a part's loads are in flight while the one before is stored.
+// FP8 rows, turned into bf16 on the way. 4 threads share a row; a part of it is in their registers: a
+// word that was stored makes room for the load of the next part's.
 struct Fp8Producer {
     MlaSmem& smem;
     RowList list;
@@ -211,31 +166,85 @@ struct Fp8Producer {
     int quarter;
     int row;
     int next_row;
-    Fp8Unit unit;
+    uint4 latent[kHalfPanels];  // 16 values of each panel
+    uint4 rope[2];
+    float2 scale;               // of the part's two blocks
 
+    // Loads latent[j] of a part: the columns of group `half`.
+    __device__ __forceinline__ void load_latent(int j, const char* source, bool is_there, int half) {
+        latent[j] = load_word(source + (first_panel(half) + j) * 64 + quarter * 16, is_there);
+    }
+
+    __device__ __forceinline__ void load_scale(const char* source, bool is_there, int half) {
+        const auto* at_scale = reinterpret_cast<const float2*>(source + kFp8ScaleOffset + half * 8);
+        scale = is_there ? __ldg(at_scale) : make_float2(0.0f, 0.0f);
+    }
+
+    __device__ __forceinline__ void load_rope(const char* source, bool is_there) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            rope[j] = load_word(source + kFp8RopeOffset + (quarter + 4 * j) * 16, is_there);
+        }
+    }
+
+    __device__ __forceinline__ void store_latent(int j, char* tile, int half,
+                                                 const SplitScale& by) const {
+        char* panel = tile + (first_panel(half) + j) * kPanelBytes;
+        const uint4& w = latent[j];
+        store_word(panel + swizzled(at, 2 * quarter),
+                   {by.times<0>(w.x), by.times<1>(w.x), by.times<0>(w.y), by.times<1>(w.y)});
+        store_word(panel + swizzled(at, 2 * quarter + 1),
+                   {by.times<0>(w.z), by.times<1>(w.z), by.times<0>(w.w), by.times<1>(w.w)});
+    }
+
+    // Stores a part of tile t and loads what comes behind it: this tile's second part, or the next
+    // tile's first.
     template <int kPart>
     __device__ __forceinline__ void move_part(int t) {
         const int group = t % kGroups;
+        const int half = group ^ kPart;
+        const int behind = kPart == 0 ? row : next_row;
+        const bool is_there = list.is_there(behind);
+        const char* source = list.address(behind);
+        const int half_behind = kPart == 0 ? group ^ 1 : (t + 1) % kGroups;
+        const SplitScale by[2] = {SplitScale(scale.x), SplitScale(scale.y)};
+        char* tile = smem.tile[group];
         if (t >= kGroups) {
             barrier_wait(&smem.empty[group][kPart], (t / kGroups - 1) % 2);
         }
-        unit.template store<kPart>(smem.tile[group], at, group ^ kPart, quarter);
-        if (kPart == 0 && quarter == 0) {
-            smem.bias[group][at] = list.is_there(row) ? 0.0f : kNone;
+        if constexpr (kPart == 0) {
+            char* panel = tile + (kPanels - 1) * kPanelBytes;
+            store_word(panel + swizzled(at, quarter), rope[0]);
+            store_word(panel + swizzled(at, quarter + 4), rope[1]);
+            if (quarter == 0) {
+                smem.bias[group][at] = list.is_there(row) ? 0.0f : kNone;
+            }
+        } else {
+            load_rope(source, is_there);
+        }
+        load_scale(source, is_there, half_behind);
+#pragma unroll
+        for (int j = 0; j < kHalfPanels; ++j) {
+            store_latent(j, tile, half, by[j / 2]);
+            load_latent(j, source, is_there, half_behind);
         }
         fence_async();
         barrier_arrive(&smem.full[group][kPart]);
         if (kPart == 0) {
             barrier_arrive(&smem.biased[group]);
         }
-        // Behind the first part comes this tile's second one, then the next tile's first.
-        const int half = kPart == 0 ? group ^ 1 : (t + 1) % kGroups;
-        unit.template load<1 - kPart>(list, kPart == 0 ? row : next_row, half, quarter);
     }
 
     __device__ __forceinline__ void run(int num_tiles) {
         row = list.at(at);
-        unit.template load<0>(list, row, 0, quarter);
+        const bool is_there = list.is_there(row);
+        const char* source = list.address(row);
+        load_scale(source, is_there, 0);
+        load_rope(source, is_there);
+#pragma unroll
+        for (int j = 0; j < kHalfPanels; ++j) {
+            load_latent(j, source, is_there, 0);
+        }
         for (int t = 0; t < num_tiles; ++t) {
             next_row = list.at((t + 1) * kTileRows + at);
             move_part<0>(t);

@@ -50,6 +50,7 @@ struct MlaParams {
     int32_t num_rows;      // N
     int32_t num_splits;    // S
     int32_t split_rows;    // of a stretch, a multiple of 64
+    int32_t trims;         // looks first where each token's rows end
     float scale_log2;      // softmax scale * log2(e)
 };
 

@@ -29,6 +29,25 @@ struct Roles {
     static_assert(kToConsume % 8 == 0, "registers are given by eights");
 };
 
+// Selected rows up to the last that is there; all threads call.
+__device__ __forceinline__ int trimmed(const int32_t* row_idx, int num_left) {
+    __shared__ int end;
+    if (threadIdx.x == 0) {
+        end = 0;
+    }
+    __syncthreads();
+    int last = 0;
+    for (int k = threadIdx.x; k < num_left; k += blockDim.x) {
+        last = row_idx[k] >= 0 ? k + 1 : last;
+    }
+    last = __reduce_max_sync(0xffffffffu, last);
+    if (threadIdx.x % 32 == 0) {
+        atomicMax(&end, last);
+    }
+    __syncthreads();
+    return end;
+}
+
 // Grid (blocks of 64 heads, splits, tokens).
 template <bool kIsFp8>
 __global__ void __launch_bounds__(Roles<kIsFp8>::kThreads, 1)
@@ -39,9 +58,12 @@ __global__ void __launch_bounds__(Roles<kIsFp8>::kThreads, 1)
     const int split = blockIdx.y;
     const int b = blockIdx.z;
     const int first = split * p.split_rows;
-    const int num_left = max(0, min(p.split_rows, p.num_selected - first));
-    const int num_tiles = (num_left + kTileRows - 1) / kTileRows;
     const int32_t* row_idx = p.row_idx + b * p.idx_stride_b + first;
+    int num_left = max(0, min(p.split_rows, p.num_selected - first));
+    if (p.trims != 0) {
+        num_left = trimmed(row_idx, num_left);
+    }
+    const int num_tiles = (num_left + kTileRows - 1) / kTileRows;
     if (threadIdx.x == 0) {
         for (int group = 0; group < kGroups; ++group) {
             for (int part = 0; part < 2; ++part) {
@@ -59,7 +81,7 @@ __global__ void __launch_bounds__(Roles<kIsFp8>::kThreads, 1)
         const int thread = threadIdx.x - kConsumers;
         RowList list = {p, row_idx, num_left, -1};
         if constexpr (kIsFp8) {
-            Fp8Producer producer = {smem, list, thread, thread / 4, thread % 4, -1, -1, {}};
+            Fp8Producer producer = {smem, list, thread, thread / 4, thread % 4, -1, -1, {}, {}, {}};
             producer.run(num_tiles);
         } else {
             produce_bf16(smem, list, num_tiles);

@@ -58,16 +58,6 @@ __device__ __forceinline__ void keep(float (&d)[kCount]) {
     }
 }
 
-// Keeps the compiler from moving the values' computation to behind this place.
-template <int kCount, class Value>
-__device__ __forceinline__ void compute_here(Value* values) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        static_assert(sizeof(Value) == 4, "a register each");
-        asm volatile("" : "+r"(reinterpret_cast<uint32_t&>(values[i])));
-    }
-}
-
 // d[64 x 64] = a[64 x 16] * b[64 x 16]^T, plus d if `adds`.
 __device__ __forceinline__ void wgmma_n64(float (&d)[32], uint64_t a, uint64_t b, bool adds) {
     asm volatile(

@@ -16,6 +16,7 @@ from torch import Tensor
 from tidepool.common.errors import KernelError
 from tidepool.common.layouts import IndexLayout, RowLayout
 from tidepool.hostpool.memory import allocate_host
+from tidepool.kernels import attention, flashmla
 from tidepool.kernels.copy_rows import copy_rows
 from tidepool.kernels.index_logits import index_logits, index_logits_chunk
 from tidepool.kernels.select_topk import select_topk
@@ -33,6 +34,7 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.cuda.synchronize()
+    attention.use("auto")
 
 
 def relative_error(have: Tensor, want: Tensor) -> float:
@@ -356,7 +358,13 @@ MLA_CASES = [
     MlaCase(pattern="none"),
     MlaCase(pattern="duplicates", topk=200),
     MlaCase(pattern="short", topk=2048),
+    MlaCase(batch=600, heads=8, topk=384, pattern="short"),
     MlaCase("mla_fp8"),
+    MlaCase("mla_fp8", batch=1),
+    MlaCase("mla_fp8", batch=600, heads=8, topk=384, pattern="prefix"),
+    MlaCase("mla_fp8", pattern="none"),
+    MlaCase("mla_fp8", pattern="holes"),
+    MlaCase("mla_fp8", batch=5, heads=64, topk=130, pattern="duplicates"),
     MlaCase("mla_fp8", heads=8, pattern="holes", topk=300),
     MlaCase("mla_fp8", batch=70, heads=64, topk=200),
     MlaCase("mla_fp32", heads=4, topk=130, pattern="holes", dtype=torch.float32),
@@ -375,14 +383,25 @@ def row_idx_of(case: MlaCase, num_rows: int) -> Tensor:
     elif case.pattern == "duplicates":
         idx[:] = idx[:, :1]
         idx[:, ::2] = 1
+    elif case.pattern == "prefix":
+        idx[torch.arange(case.topk) > torch.arange(case.batch)[:, None]] = -1
     elif case.pattern == "short":
         idx[:, 70:] = -1
     return idx
 
 
+def backend_or_skip(backend: str) -> None:
+    """Makes attention go to `backend`; skips where its wheel is not installed."""
+    if backend == "flashmla_sparse" and flashmla.missing():
+        pytest.skip(flashmla.missing())
+    attention.use(backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda", "flashmla_sparse", "triton", "reference"])
 @pytest.mark.parametrize("case", MLA_CASES, ids=str)
-def test_sparse_mla_agrees_and_reads_no_other_row(case: MlaCase) -> None:
-    num_rows = 3000
+def test_sparse_mla_agrees_and_reads_no_other_row(case: MlaCase, backend: str) -> None:
+    backend_or_skip(backend)
+    num_rows = 3008
     row = RowLayout(case.layout, case.latent, case.rope)  # type: ignore[arg-type]
     rows = torch.empty(num_rows, row.row_bytes, dtype=torch.uint8)
     values = torch.randn(num_rows, case.latent), torch.randn(num_rows, case.rope)
@@ -404,6 +423,41 @@ def test_sparse_mla_agrees_and_reads_no_other_row(case: MlaCase) -> None:
 
 
 # Graphs
+
+
+@pytest.mark.parametrize("layout", ["mla_bf16", "mla_fp8"])
+@pytest.mark.parametrize("backend", ["cuda", "flashmla_sparse", "triton"])
+def test_attention_in_a_graph_sees_new_inputs_at_each_replay(backend: str, layout: str) -> None:
+    backend_or_skip(backend)
+    row = RowLayout(layout, 512, 64)  # type: ignore[arg-type]
+    rows = torch.empty(1024, row.row_bytes, dtype=torch.uint8, device="cuda")
+    slots = torch.arange(1024, device="cuda")
+    idx = torch.randint(0, 1024, (3, 256), dtype=torch.int32, device="cuda")
+    q = torch.randn(3, 64, 576, device="cuda").bfloat16()
+    out = torch.empty(3, 64, 512, dtype=torch.bfloat16, device="cuda")
+
+    def call() -> None:
+        sparse_mla(q[..., :512], q[..., 512:], rows, idx, 0.05, layout, out)
+
+    def fill() -> Tensor:
+        store_rows(torch.randn(1024, 512).cuda(), torch.randn(1024, 64).cuda(), slots, rows, layout)
+        q.copy_(torch.randn(q.shape))
+        idx.copy_(torch.randint(0, 1024, idx.shape, dtype=torch.int32))
+        want = torch.empty(out.shape)
+        both = q.cpu()
+        sparse_mla(both[..., :512], both[..., 512:], rows.cpu(), idx.cpu(), 0.05, layout, want)
+        return want
+
+    fill()
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for _ in range(3):
+        want = fill()
+        out.fill_(7)
+        graph.replay()
+        assert relative_error(out.float(), want) < 1e-2
 
 
 def test_the_decode_ops_run_inside_a_captured_graph() -> None:
