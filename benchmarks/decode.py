@@ -155,7 +155,15 @@ def fill(host: HostPool, index: IndexPool, cache: HotCache) -> None:
 class Bench:
     """One point's pools and engine."""
 
-    def __init__(self, model: Model, kv: KvGeometry, point: Point, *, use_graphs: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        kv: KvGeometry,
+        point: Point,
+        *,
+        use_graphs: bool,
+        fused_batch: int | None,
+    ) -> None:
         self.model, self.point = model, point
         device, config = model.device, model.config
         length = point.context + GROWTH
@@ -185,6 +193,8 @@ class Bench:
             self.host, index, seats, cache, admission, warm_start=False
         )
         self.cache = cache
+        if fused_batch is not None:
+            cache.fused_batch = fused_batch
         self._set_trace()
         runner = StepRunner(
             model,
@@ -316,7 +326,7 @@ def points(args: argparse.Namespace, kv: KvGeometry) -> list[Point]:
 
 
 def measure(model: Model, kv: KvGeometry, point: Point, args: argparse.Namespace) -> dict[str, Any]:
-    bench = Bench(model, kv, point, use_graphs=not args.no_graphs)
+    bench = Bench(model, kv, point, use_graphs=not args.no_graphs, fused_batch=args.fused_batch)
     result = bench.run() | {"seat_mb": round(seat_bytes(kv, point) / 1e6, 1)}
     if args.profile:
         shares = sorted(bench.kernels.items(), key=lambda share: -share[1])
@@ -348,6 +358,7 @@ def main() -> None:
     parser.add_argument("--hot-rows", type=int, default=4096)
     parser.add_argument("--misses", type=int, default=137)
     parser.add_argument("--parts", type=int, nargs="+", help="parts of a step's rows to try")
+    parser.add_argument("--fused-batch", type=int, help="HotCache.fused_batch")
     parser.add_argument("--profile", action="store_true", help="print each kernel's share")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--device", default="cuda")

@@ -33,10 +33,14 @@ from ..common.errors import InvariantError
 from ..common.layouts import KvGeometry
 from ..hostpool.side_stream import Mark, SideStream
 from ..kernels.copy_rows import copy_rows
+from ..kernels.resolve import resolve
 from ..kernels.swap_in import load_cache_to_device_buffer, swap_in
 from .hot_counters import HotCacheStats, HotCounters
 
 RING_PAGES = 2
+FUSED_BATCH = 8
+"""Rows up to which plan and first copy are one launch; above, the copy has a kernel of few thread
+blocks, beside which the queries are computed on the rest of the device."""
 
 
 class HotCache:
@@ -97,6 +101,7 @@ class HotCache:
         self.slot_of_position_GSC = table(groups, num_seats, pages * geometry.page_size, fill=-1)
         self.last_use_GSH = table(groups, num_seats, hot_rows, fill=0)
         self.step_1 = table(1, fill=0)
+        self.fused_batch = FUSED_BATCH
         self.is_resident = hot_rows >= max_context
         self._fault_GS = table(groups, num_seats, fill=0)
         self._plan = _Plan.empty(num_seats, topk, device)
@@ -196,7 +201,7 @@ class HotCache:
         first, *others = self._layers_of_group[group]
         plan, num_misses_B = self._plan, self._counters.num_misses_GS[group, part]
         misses = (plan.miss_host_slot_SK[part], plan.miss_device_row_SK[part], num_misses_B)
-        swap_in(
+        tensors = (
             topk_idx_BK,
             lens_B,
             seats_B,
@@ -209,11 +214,13 @@ class HotCache:
             plan.hot_idx_SK[part],
             *misses,
             self._fault_GS[group, part],
-            host_rows[first],
-            self.rows[first],
-            self.geometry.page_size,
-            self.ring_rows,
         )
+        sizes = (self.geometry.page_size, self.ring_rows)
+        if topk_idx_BK.shape[0] <= self.fused_batch:
+            swap_in(*tensors, host_rows[first], self.rows[first], *sizes)
+        else:
+            resolve(*tensors, *sizes)
+            load_cache_to_device_buffer(host_rows[first], self.rows[first], *misses)
         self._copied_L[first] = self._side.mark()
         for layer in others:
             load_cache_to_device_buffer(host_rows[layer], self.rows[layer], *misses)
