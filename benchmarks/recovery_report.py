@@ -1,7 +1,7 @@
 """What benchmarks/recovery.py writes: rows of figures, as JSON and as a dated table beside the goals.
 
-A run replaces the rows that it measured and keeps the others of the same day's report, so that a
-fault can be measured again alone; each row names its commit.
+A run adds to the rows that the day's report has of the same commit and replaces those of another, so
+that it can be interrupted, and a fault measured again alone; each row names its commit.
 """
 
 from __future__ import annotations
@@ -72,22 +72,30 @@ def write(rows: Sequence[Row], out: Path, facts: dict[str, Any], setting: str) -
     """Writes <date>-recovery.json and .md. `setting`: a paragraph on what ran."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{facts['date']}-recovery"
-    json_path = path.with_suffix(".json")
-    names = set(Row.__dataclass_fields__)
-    kept: dict[str, Row] = {}
-    if json_path.exists():
-        for old in json.loads(json_path.read_text())["rows"]:
-            if "served_s" in old:  # an older report has other columns
-                kept[old["fault"]] = Row(**{name: old[name] for name in names})
+    kept = load(out, facts)
     for row in rows:
         row.commit = facts["commit"]
         kept[row.fault] = row
     normal = kept.get("none")
     normal_s = statistics.median(normal.ttfts_s) if normal and normal.ttfts_s else 0.0
     figures = [asdict(row) | _summary(row, normal_s) for row in kept.values()]
-    json_path.write_text(json.dumps({**facts, "rows": figures}, indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({**facts, "rows": figures}, indent=1) + "\n")
     text = _markdown(list(kept.values()), facts, setting, normal_s)
     path.with_suffix(".md").write_text(text)
+
+
+def load(out: Path, facts: dict[str, Any]) -> dict[str, Row]:
+    """The rows of the day's report, by fault."""
+    path = out / f"{facts['date']}-recovery.json"
+    if not path.exists():
+        return {}
+    names = set(Row.__dataclass_fields__)
+    rows = json.loads(path.read_text())["rows"]
+    return {
+        row["fault"]: Row(**{name: row[name] for name in names})
+        for row in rows
+        if names <= set(row)
+    }
 
 
 def _percentile(values: Sequence[float], share: float) -> float:
@@ -121,8 +129,8 @@ def _markdown(rows: Sequence[Row], facts: dict[str, Any], setting: str, normal_s
         f"Last command: `{facts['command']}`. {setting} *Gap*: the longest silence of the worst "
         "stream of an injection. *Added*: time to the first token of the prompts on their way, "
         f"less its median without a fault ({normal_s:.2f} s, which is what a prefill costs under "
-        "this load). *Served*: until a new request was answered, from the fault (a front) or from "
-        "its end (the head). With fewer than 100 values p99 is the largest. *Restored*: from the "
+        "this load). *Served*: until a new request was answered, from the fault (a front), from its "
+        "end (the head), or at any time (none). With fewer than 100 values p99 is the largest. *Restored*: from the "
         "last answer until all nodes are up and all pools settled. *Quarantined*: pages kept back "
         "because a writer's end is not proven.",
         "",

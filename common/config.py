@@ -189,6 +189,8 @@ class ClusterSection:
     """CPUs Ray reserves for a node."""
     gpus_per_node: float = 0.0
     """GPUs Ray reserves for a node."""
+    drain_s: float = 30.0
+    """How long a node or front that is told to stop (SIGTERM) serves what it has; then requests go on elsewhere. A second SIGTERM hurries."""
     pinned: bool = False
     """True: each node, and the front, runs only where Ray has the custom resource of its id, as in `ray start --resources='{"prefill-0": 1}'`."""
     bind_host: str = "auto"
@@ -287,6 +289,8 @@ def _time_faults(config: Config) -> Iterator[str]:
     for name in ("node_wait_s", "recovery_wait_s", "stall_s", "drain_s"):
         if not getattr(config.front, name) > 0:
             yield f"front.{name}: must be positive, not {getattr(config.front, name)}"
+    if not config.cluster.drain_s > 0:
+        yield f"cluster.drain_s: must be positive, not {config.cluster.drain_s}"
     if transfer.heartbeat_timeout_s < 2 * transfer.heartbeat_interval_s:
         yield (
             "transfer.heartbeat_timeout_s: must be at least twice heartbeat_interval_s "

@@ -189,6 +189,11 @@ class DecodeEngine:
         )
         self._end(sequence, SequenceState.FAILED, finish)
 
+    def hand_over(self, error: RequestError) -> None:
+        """Ends every request so that its front runs it on elsewhere: the node stops."""
+        for key in list(self._sequences):
+            self.fail(key, error, can_retry=True)
+
     # common.step_loop.Engine
 
     def handle(self, event: object) -> bool:

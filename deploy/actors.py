@@ -1,4 +1,4 @@
-"""The Ray shells of the nodes and the front. Ray starts, places and restarts; nothing of it runs
+"""The Ray shell of the nodes. Ray starts, places and restarts; nothing of it runs
 per step or per token.
 
 A node that finds its own state wrong ends its process, and Ray starts a fresh one: state that is
@@ -7,12 +7,10 @@ known to be wrong is never served from.
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import logging
 import os
 import sys
-import time
+import threading
 from typing import Any
 
 import ray
@@ -21,12 +19,12 @@ from ..common.config import Config
 from ..common.errors import SegmentError
 from ..hostpool.keeper_link import KeeperLink
 from ..transfer.node import Node
-from .front.server import FrontServer, build_server, listen
+from .drain import DrainOnTerm
 from .incarnations import Incarnations
 from .keeping import find_or_start, keeper_path
-from .membership import MembershipPoller
 
 LOG_FORMAT = "%(asctime)s [{}] %(levelname)s %(message)s"
+
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +86,9 @@ class NodeActor:
         self._node = _build(role, config, node_id, bind_address(config), link)
         self._incarnations.record(self._node.control.epoch)
         self._node.start()
+        self._drain_s = config.cluster.drain_s
+        self._is_stopped = False
+        DrainOnTerm(self._serve_out).install()
 
     def info(self) -> dict[str, Any]:
         return {**self._node.info(), "dead_epochs": self._incarnations.dead_epochs()}
@@ -104,67 +105,12 @@ class NodeActor:
         return self._node.drain(timeout_s)
 
     def stop(self) -> None:
+        self._is_stopped = True
         self._node.stop()
         self._incarnations.forget()
 
-
-class FrontActor:
-    """The HTTP front, and the poller that tells it which nodes there are.
-
-    Ray restarts it after a crash; whoever runs the cluster calls `start` again and again, so that a
-    restarted front serves the port of the one before.
-
-    Args:
-        node_names: names of the node actors, on this Ray.
-        namespace: their Ray namespace.
-    """
-
-    def __init__(
-        self, config: Config, front_id: str, node_names: list[str], namespace: str
-    ) -> None:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT.format(front_id))
-        self._config = config
-        self._front_id = front_id
-        self._names = node_names
-        self._namespace = namespace
-        self._server: FrontServer | None = None
-        self._url = ""
-        self._poller: asyncio.Task[None] | None = None
-
-    async def start(self, port: int, is_first: bool = False) -> str:
-        """Starts serving at `port` (0: a free one) unless it serves already; returns the URL.
-
-        `is_first`: of several that share a port; ConfigError if somebody else has it.
-        """
-        if self._server is None:
-            front = dataclasses.replace(self._config.front, port=port)
-            if is_first and self._config.cluster.fronts > 1:
-                listen(front.host, port).close()
-            self._server = build_server(
-                dataclasses.replace(self._config, front=front),
-                node_id=self._front_id,
-                epoch=time.time_ns(),
-                bind_host=bind_address(self._config),
-            )
-            self._url = await self._server.start()
-            poller = MembershipPoller(self._names, self._handle, self._server.update_nodes)
-            self._poller = asyncio.create_task(poller.run())
-        return self._url
-
-    async def pid(self) -> int:
-        return os.getpid()
-
-    async def machine(self) -> str:
-        """Ray's id of the machine it runs on."""
-        return str(ray.get_runtime_context().get_node_id())
-
-    async def stop(self, drain_s: float) -> None:
-        """Drains for up to `drain_s` seconds and stops serving."""
-        if self._server is not None:
-            await self._server.stop(drain_s)
-        if self._poller is not None:
-            self._poller.cancel()
-
-    async def _handle(self, name: str) -> Any:
-        """A node actor's handle. Off the loop: without Ray's head the look-up blocks."""
-        return await asyncio.to_thread(ray.get_actor, name, namespace=self._namespace)
+    def _serve_out(self, hurry: threading.Event) -> None:
+        """Its record stays: Ray starts a successor, which proves this process dead."""
+        if not self._is_stopped:
+            self._node.drain(self._drain_s, hurry)
+            self._node.stop()

@@ -70,7 +70,7 @@ def _place(config: Config, front_id: str, node_ids: list[str], namespace: str, m
     import ray  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
-    from .actors import FrontActor  # noqa: PLC0415
+    from .front_actor import FrontActor  # noqa: PLC0415
 
     options: dict[str, Any] = {"resources": pinned_to(config, front_id)}
     if machine and not config.cluster.pinned:

@@ -120,7 +120,8 @@ class LocalHandoff:
                 job.key, submit.front_id, job.num_tokens, submit.sampling
             )
         except RequestError as error:
-            self._post(HandoffFailed(job.key, str(error), error.status, error.code, False))
+            can_retry = error.status == 503  # the node drains
+            self._post(HandoffFailed(job.key, str(error), error.status, error.code, can_retry))
             self._post(HandoffReleased(job.key, is_quarantined=False))
             return True
         if sequence is None:

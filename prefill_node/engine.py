@@ -222,6 +222,13 @@ class PrefillEngine:
         if job.lease is not None:
             job.lease.release(OwnerKind.REQUEST)
 
+    def hand_over(self, error: RequestError) -> None:
+        """Ends every request so that its front runs it on elsewhere: the node stops."""
+        for job in list(self._jobs.values()):
+            if job.state is not JobState.CANCELLED:
+                self._tell_front(job, error, can_retry=True)
+                self._cancel(job.key, str(error))
+
     # One step
 
     def _compute(self, shares: list[tuple[Job, int]]) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ..common.errors import InvariantError, PeerError
+from ..common.errors import InvariantError, PeerError, RequestError
 from ..common.step_loop import Engine, StepLoop
 from ..common.wire import Load
 from .control import ControlLoop
@@ -21,6 +21,9 @@ from .fencing import DataFence
 from .session import CompositeHandler, Handler
 
 AUDIT_TIMEOUT_S = 10.0
+FLUSH_TIMEOUT_S = 2.0
+"""How long a drained node waits for its last messages to leave."""
+_DRAIN_POLL_S = 0.02
 
 
 class NodeEngine(Engine, Protocol):
@@ -37,6 +40,17 @@ class NodeEngine(Engine, Protocol):
 
     def check_invariants(self) -> None: ...
 
+    def hand_over(self, error: RequestError) -> None:
+        """Ends every request so that its front runs it on elsewhere; step thread."""
+        ...
+
+
+class HandOver:
+    """An event for the step loop: the node's requests end here and go on elsewhere."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
 
 class Audit:
     """An event for the step loop: checks every invariant between two steps."""
@@ -47,21 +61,29 @@ class Audit:
 
 
 class Auditor:
-    """The engine of the step loop that answers Audit events."""
+    """The engine of the step loop that answers Audit and HandOver events."""
 
     def __init__(self, engines: Sequence[NodeEngine]) -> None:
         self._engines = engines
 
     def handle(self, event: object) -> bool:
-        if not isinstance(event, Audit):
-            return False
+        match event:
+            case Audit():
+                self._audit(event)
+            case HandOver():
+                for engine in self._engines:
+                    engine.hand_over(_draining())
+            case _:
+                return False
+        event.done.set()
+        return True
+
+    def _audit(self, audit: Audit) -> None:
         try:
             for engine in self._engines:
                 engine.check_invariants()
         except InvariantError as error:
-            event.error = error
-        event.done.set()
-        return True
+            audit.error = error
 
     def step(self) -> bool:
         return False
@@ -135,16 +157,38 @@ class Node:
         """
         return self._fence is not None and self._fence.request(reason)
 
-    def drain(self, timeout_s: float) -> bool:
-        """Takes no new requests and waits for those it has; False if some are left."""
+    def drain(self, timeout_s: float, hurry: threading.Event | None = None) -> bool:
+        """Takes no new requests, waits for those it has, hands over what is left.
+
+        True if all ended here; False if `timeout_s` went by, or `hurry` was set, and some go on
+        elsewhere. All that there is to tell has left the node when it returns.
+        """
         for engine in self._engines:
             engine.is_draining = True
+        is_idle = self._wait_until_idle(timeout_s, hurry or threading.Event())
+        if not is_idle:
+            event = HandOver()
+            self._step_loop.post(event)
+            event.done.wait(FLUSH_TIMEOUT_S)
+            self._wait_until_idle(FLUSH_TIMEOUT_S, threading.Event())
+        self._flush()
+        return is_idle
+
+    def _wait_until_idle(self, timeout_s: float, hurry: threading.Event) -> bool:
         deadline_s = time.monotonic() + timeout_s
         while not all(engine.is_idle for engine in self._engines):
-            if time.monotonic() > deadline_s:
+            if time.monotonic() > deadline_s or hurry.wait(_DRAIN_POLL_S):
                 return False
-            time.sleep(0.02)
         return True
+
+    def _flush(self) -> None:
+        """Waits until what the step thread has sent is with the sockets."""
+        audit = Audit()
+        self._step_loop.post(audit)
+        audit.done.wait(FLUSH_TIMEOUT_S)
+        is_sent = threading.Event()
+        self.control.post(is_sent.set)
+        is_sent.wait(FLUSH_TIMEOUT_S)
 
     def stop(self) -> None:
         """Ends both loops and closes what is open. May be called twice."""
@@ -153,6 +197,12 @@ class Node:
         for close in self._closers:
             close()
         self._closers = ()
+
+
+def _draining() -> RequestError:
+    return RequestError(
+        "the node stops; the request goes on elsewhere", status=503, code="draining"
+    )
 
 
 def total_load(engines: Sequence[NodeEngine]) -> Load:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -103,9 +103,21 @@ class FrontServer:
         """Takes the whole list of known nodes; on the server's loop."""
         self.service.update_nodes(infos)
 
-    async def drain(self, timeout_s: float | None = None) -> bool:
-        """Answers new calls 503 and waits for the running ones; returns whether all ended."""
-        return await self.service.drain(self._config.drain_s if timeout_s is None else timeout_s)
+    def leave_port(self) -> None:
+        """Listens no more: new connections go to the fronts that share the port, or nowhere."""
+        if self._uvicorn is not None:
+            for server in self._uvicorn.servers:
+                server.close()
+
+    async def drain(
+        self, timeout_s: float | None = None, is_hurried: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Answers new calls 503 and waits for the running ones; returns whether all ended.
+
+        `is_hurried` is asked again and again; once it says so, nothing is waited for.
+        """
+        bound_s = self._config.drain_s if timeout_s is None else timeout_s
+        return await self.service.drain(bound_s, is_hurried)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Drains for up to `drain_s`, ends what still runs with an error, closes everything."""

@@ -76,11 +76,11 @@ class FrontService:
         self._control.start(Handover(asyncio.get_running_loop(), self._dispatcher))
         self._ticker = asyncio.create_task(self._tick())
 
-    async def drain(self, timeout_s: float) -> bool:
+    async def drain(self, timeout_s: float, is_hurried: Callable[[], bool] = lambda: False) -> bool:
         """Takes no new calls and waits for the running ones; returns whether all ended."""
         self.slots.close()
         deadline_s = self._clock.now() + timeout_s
-        while self.slots.num_used and self._clock.now() < deadline_s:
+        while self.slots.num_used and self._clock.now() < deadline_s and not is_hurried():
             await asyncio.sleep(0.05)
         return self.slots.num_used == 0
 

@@ -5,13 +5,10 @@ How long clients wait for it is measured by benchmarks/recovery.py, not asserted
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -25,53 +22,12 @@ from helpers.clusters import (
     token_ids,
     wait_until,
 )
+from helpers.streams import STREAM_TIMEOUT_S, Stream
 
-from tidepool.deploy.cluster import Cluster
 from tidepool.deploy.demo.data import make_prompt
 from tidepool.deploy.demo.run import demo_config
 
 MODEL = "tidepool-demo"
-STREAM_TIMEOUT_S = 120.0
-
-
-class Stream(threading.Thread):
-    """One streamed completion: its token ids and its end."""
-
-    def __init__(self, cluster: Cluster, prompt: list[int], max_tokens: int) -> None:
-        super().__init__(daemon=True)
-        self._url = f"{cluster.url}/v1/completions"
-        self._body = {
-            "model": MODEL,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "stream": True,
-        }
-        self.tokens: list[int] = []
-        self.error: dict[str, Any] | None = None
-        self.failure: Exception | None = None
-        self.started = threading.Event()
-
-    def run(self) -> None:
-        try:
-            self._read()
-        except httpx.HTTPError as error:
-            self.failure = error
-
-    def _read(self) -> None:
-        timeout_s = STREAM_TIMEOUT_S
-        with httpx.stream("POST", self._url, json=self._body, timeout=timeout_s) as response:
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    self.error = event["error"]
-                    return
-                self.tokens += event["choices"][0]["token_ids"] or []
-                self.started.set()
 
 
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
@@ -83,12 +39,12 @@ def test_a_killed_node_loses_no_stream(victim: str) -> None:
         expected = token_ids(
             complete(cluster, prompt, model=MODEL, max_tokens=400, ignore_eos=True)
         )
-        streams = [Stream(cluster, prompt, 400) for _ in range(2)]
+        streams = [Stream(cluster.url, prompt, 400) for _ in range(2)]
         for stream in streams:
             stream.start()
         for stream in streams:
             assert stream.started.wait(30.0)
-        prefilling = Stream(cluster, long_prompt, 4)
+        prefilling = Stream(cluster.url, long_prompt, 4)
         prefilling.start()
         time.sleep(0.3)
         kill(cluster, victim)
@@ -106,7 +62,7 @@ def test_a_killed_node_loses_no_stream(victim: str) -> None:
 def test_a_killed_front_comes_back_at_its_port_and_nothing_leaks() -> None:
     prompt = make_prompt(600, seed=23).token_ids
     with running(demo_config({"cluster.name": "kill-front"})) as cluster:
-        stream = Stream(cluster, prompt, 2000)
+        stream = Stream(cluster.url, prompt, 2000)
         stream.start()
         assert stream.started.wait(30.0)
         url = cluster.url
@@ -135,7 +91,7 @@ def test_the_next_request_works_at_once_when_one_of_two_fronts_is_killed() -> No
         expected = token_ids(
             complete(cluster, prompt, model=MODEL, max_tokens=200, ignore_eos=True)
         )
-        streams = [Stream(cluster, prompt, 200) for _ in range(6)]
+        streams = [Stream(cluster.url, prompt, 200) for _ in range(6)]
         for stream in streams:
             stream.start()
         for stream in streams:
