@@ -1,6 +1,6 @@
 """How long does swap-in take, and how far is that from the link?
 
-    python benchmarks/swap_in.py --out docs/reports [--variants] [--peer plugin.py]
+    python benchmarks/swap_in.py --out docs/reports [--variants] [--replacement] [--peer plugin.py]
 
 Every point is timed as CUDA-graph replays: a graph holds CALLS calls in a row, each with a top-k of
 its own, a window over a random permutation of the sequence's positions that moves by `misses` a
@@ -11,6 +11,8 @@ rewritten. A point's time is the median over replays of (replay / CALLS). Beside
   several grid sizes. No kernel that moves these rows this way is faster.
 * alone: one launch between two events on a busy queue (the events cost about 2 us).
 * link: the largest copy engine transfer of the run, GB/s.
+* by score (--replacement, in a report of its own): with random index scores to choose victims by.
+  No position comes back into the window, so that it misses as often as LRU.
 
 A peer: a Python file with `make(bench: Bench) -> Callable[[int], None]`; the callable enqueues call
 number i of a graph (`bench.topk_CBK[i]` on `bench.seats_B`) without synchronising, and keeps its own
@@ -91,6 +93,9 @@ class Bench:
         self.fault_B = self._ints(batch, fill=0)
         self.order_BC = torch.rand(batch, self.context, device="cuda").argsort(1).int()
         self.offset = TOPK
+        self.scores_BC: torch.Tensor | None = None
+        self.has_random_ages = False
+        """Victims lie anywhere in the buffer, also under LRU: rows that came together leave apart."""
 
     @staticmethod
     def _ints(*shape: int, fill: int) -> torch.Tensor:
@@ -141,7 +146,7 @@ def fused(bench: Bench, tuning: Tuning) -> Callable[[int], None]:
     def call(i: int) -> None:
         cuda_swap_in.launch_swap_in(
             tuning, *bench.arguments(i), bench.host_rows_NX, bench.device_rows_MX,
-            bench.page_size, RING_ROWS, bench.is_scattered,
+            bench.page_size, RING_ROWS, bench.is_scattered, scores_BC=bench.scores_BC,
         )  # fmt: skip
 
     return call
@@ -150,8 +155,9 @@ def fused(bench: Bench, tuning: Tuning) -> Callable[[int], None]:
 def two_launches(bench: Bench, tuning: Tuning) -> Callable[[int], None]:
     def call(i: int) -> None:
         cuda_swap_in.launch_resolve(
-            tuning, *bench.arguments(i), bench.page_size, RING_ROWS, bench.is_scattered
-        )
+            tuning, *bench.arguments(i), bench.page_size, RING_ROWS, bench.is_scattered,
+            scores_BC=bench.scores_BC,
+        )  # fmt: skip
         copy_only(bench, tuning)(i)
 
     return call
@@ -209,6 +215,9 @@ def warm_up(bench: Bench, call: Callable[[int], None]) -> None:
         bench.topk_CBK[0] = bench.window(first, TOPK)
         call(0)
     bench.offset = TOPK
+    if bench.has_random_ages:
+        bench.step_C += HOT_ROWS
+        bench.last_use_SH[:] = torch.rand_like(bench.last_use_SH, dtype=torch.float32).argsort(1)
     torch.cuda.synchronize()
 
 
@@ -390,6 +399,56 @@ def run_variants(host: torch.Tensor, library: ctypes.CDLL, deadline: float) -> l
     return results
 
 
+REPLACEMENT_POINTS = (
+    (1, 0), (32, 0), (256, 0), (1, 64), (1, 256), (8, 137), (32, 16), (32, 137), (64, 137),
+    (128, 64), (256, 64),
+)  # fmt: skip
+REPLACEMENT_WAYS = {
+    "swap_in": fused,
+    "resolve": lambda bench, tuning: (
+        lambda i: cuda_swap_in.launch_resolve(
+            tuning,
+            *bench.arguments(i),
+            bench.page_size,
+            RING_ROWS,
+            False,
+            scores_BC=bench.scores_BC,
+        )
+    ),
+}
+
+
+def run_replacement(host: torch.Tensor, deadline: float) -> list[dict[str, Any]]:
+    """us of swap_in and of resolve alone with LRU and with victims by score, rows of 1152 bytes."""
+    results = []
+    for batch, misses in REPLACEMENT_POINTS:
+        if time.monotonic() > deadline:
+            break
+        bench = Bench(Point(batch, misses, 1152, "contiguous"), host)
+        bench.has_random_ages = True
+        result: dict[str, Any] = asdict(bench.point)
+        scores_BC = torch.randn(batch, bench.context, device="cuda")
+        for way, make in REPLACEMENT_WAYS.items():
+            for name, scores in (("LRU", None), ("by score", scores_BC)):
+                bench.scores_BC = scores
+                result[f"{way}, {name}"] = time_ours(bench, make, Tuning())["us"]
+        results.append(result)
+        print(json.dumps(result), flush=True)
+    return results
+
+
+def write_replacement_report(folder: Path, report: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{report['date']}-replacement-kernel"
+    (folder / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+    names = [f"{way}, {name}" for way in REPLACEMENT_WAYS for name in ("LRU", "by score")]
+    lines = ["| batch | misses | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
+    for point in report["replacement"]:
+        cells = " | ".join(f"{point[name]:.2f}" for name in names)
+        lines.append(f"| {point['batch']} | {point['misses']} | {cells} |")
+    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
+
+
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{report['date']}-swap-in"
@@ -467,6 +526,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/reports"))
     parser.add_argument("--host-gib", type=float, default=6.0)
     parser.add_argument("--variants", action="store_true", help="also compare ways to launch")
+    parser.add_argument("--replacement", action="store_true", help="only: LRU against by score")
     parser.add_argument("--peer", type=Path, help="plugin file, see above")
     parser.add_argument("--commit", default=None, help="what to print as the commit")
     parser.add_argument("--limit-s", type=float, default=600.0, help="stop early after this long")
@@ -494,6 +554,11 @@ def main() -> None:
         "empty_us": empty_us,
     }
     print(json.dumps(report), flush=True)
+    if args.replacement:
+        report["command"] += " --replacement"
+        report["replacement"] = run_replacement(host, deadline)
+        write_replacement_report(args.out, report)
+        return
     report["variants"] = run_variants(host, flat, deadline) if args.variants else []
     peer = None if args.peer is None else _load_peer(args.peer)
     report["points"] = run_table(host, flat, peer, deadline)

@@ -50,11 +50,12 @@ class ResolveParams(ctypes.Structure):
     _fields_ = _fields(
         ctypes.c_void_p,
         "topk_idx seq_lens seats page_table ring_start position_of_slot slot_of_position "
-        "last_use step hot_idx miss_host_slot miss_device_row num_misses fault",
+        "last_use step hot_idx miss_host_slot miss_device_row num_misses fault scores",
     ) + _fields(
         ctypes.c_int32,
         "batch topk num_seats hot_rows num_positions num_pages page_shift ring_rows "
-        "seq_lens_are_64 seats_are_64 rank_shift copy_warps sort_misses is_eager",
+        "seq_lens_are_64 seats_are_64 rank_shift copy_warps sort_misses is_eager "
+        "num_scores score_stride",
     )
 
 
@@ -115,22 +116,25 @@ def load(device: torch.device, cache_dir: Path | None = None) -> None:
 
 def resolve(*args: Any) -> None:
     """tidepool::resolve on CUDA; arguments of kernels/resolve.py, in its order."""
-    launch_resolve(DEFAULT_TUNING, *_filled(args, 17))
+    *args, scores_BC = _filled(args, False, None, count=18)
+    launch_resolve(DEFAULT_TUNING, *args, scores_BC=scores_BC)
 
 
 def swap_in(*args: Any) -> None:
     """tidepool::swap_in on CUDA; arguments of kernels/swap_in.py, in its order."""
-    launch_swap_in(DEFAULT_TUNING, *_filled(args, 19))
+    *args, scores_BC = _filled(args, False, None, count=20)
+    launch_swap_in(DEFAULT_TUNING, *args, scores_BC=scores_BC)
 
 
 def load_cache_to_device_buffer(*args: Any) -> None:
     """tidepool::load_cache_to_device_buffer on CUDA; arguments of kernels/swap_in.py."""
-    launch_copy(DEFAULT_TUNING, *_filled(args, 6))
+    launch_copy(DEFAULT_TUNING, *_filled(args, False, count=6))
 
 
-def _filled(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """The arguments with is_scattered, which the dispatcher leaves out where it is the default."""
-    return args if len(args) == count else (*args, False)
+def _filled(args: tuple[Any, ...], *defaults: Any, count: int) -> tuple[Any, ...]:
+    """All `count` arguments: the dispatcher leaves out those at the end that have their default."""
+    left_out = count - len(args)
+    return (*args, *defaults[len(defaults) - left_out :]) if left_out else args
 
 
 def load_v4_cache_to_device_buffer(
@@ -149,27 +153,27 @@ def load_v4_cache_to_device_buffer(
     )
 
 
-def launch_resolve(tuning: Tuning, *args: Any) -> None:
+def launch_resolve(tuning: Tuning, *args: Any, scores_BC: Tensor | None = None) -> None:
     *args, is_scattered = args
-    params, device = _resolve_params("resolve", tuning, args, 1, is_scattered)
+    params, device = _resolve_params("resolve", tuning, args, 1, is_scattered, scores_BC)
     if params.batch:
         library = _library(_index(device), None)
         code = library.tidepool_resolve(ctypes.byref(params), _stream(device))
         _raise_if("resolve", library, code, params)
 
 
-def launch_swap_in(tuning: Tuning, *args: Any) -> None:
+def launch_swap_in(tuning: Tuning, *args: Any, scores_BC: Tensor | None = None) -> None:
     *tensors, host_rows_NX, device_rows_MX, page_size, ring_rows, is_scattered = args
     resolve_args = (*tensors, page_size, ring_rows)
     batch = tensors[0].shape[0]
     if tuning.num_ranks is None and is_sliced(batch, host_rows_NX, is_scattered):
-        launch_resolve(tuning, *resolve_args, is_scattered)
+        launch_resolve(tuning, *resolve_args, is_scattered, scores_BC=scores_BC)
         launch_copy(tuning, host_rows_NX, device_rows_MX, *tensors[10:13], is_scattered)
         return
     num_ranks = tuning.num_ranks or choose_ranks(batch, tensors[0].device)
     if tuning.sort_misses is None and sweeps(batch, host_rows_NX, is_scattered):
         tuning = replace(tuning, sort_misses=True, copy_warps=tuning.copy_warps or SWEEP_WARPS)
-    params, device = _resolve_params("swap_in", tuning, resolve_args, num_ranks, False)
+    params, device = _resolve_params("swap_in", tuning, resolve_args, num_ranks, False, scores_BC)
     rows = _plain_rows("swap_in", host_rows_NX, device_rows_MX)
     if params.batch:
         library = _library(_index(device), None)
@@ -236,7 +240,12 @@ def _launch_plan(
 
 
 def _resolve_params(
-    op: str, tuning: Tuning, args: Sequence[Any], num_ranks: int, is_scattered: bool
+    op: str,
+    tuning: Tuning,
+    args: Sequence[Any],
+    num_ranks: int,
+    is_scattered: bool,
+    scores_BC: Tensor | None,
 ) -> tuple[ResolveParams, torch.device]:
     """`args`: what resolve takes, without is_scattered."""
     *tensors, page_size, ring_rows = args
@@ -263,9 +272,18 @@ def _resolve_params(
     for tensor in tensors:
         if not tensor.is_contiguous():
             raise KernelError(f"{op}: {list(tensor.shape)} with strides {tensor.stride()}")
+    num_scores = score_stride = 0
+    if scores_BC is not None:
+        num_scores, score_stride = scores_BC.shape[1], scores_BC.stride(0)
+        if not num_scores or scores_BC.stride(1) != 1:
+            raise KernelError(
+                f"{op}: scores_BC {list(scores_BC.shape)} with strides {scores_BC.stride()}, "
+                "expected at least one score a row, side by side"
+            )
     device = topk_idx_BK.device
     params = ResolveParams(
         *[tensor.data_ptr() for tensor in tensors],
+        None if scores_BC is None else scores_BC.data_ptr(),
         batch,
         topk,
         num_seats,
@@ -280,6 +298,8 @@ def _resolve_params(
         tuning.copy_warps or COPY_WARPS,
         is_scattered if tuning.sort_misses is None else tuning.sort_misses,
         batch <= EAGER_BATCH if tuning.is_eager is None else tuning.is_eager,
+        num_scores,
+        score_stride,
     )
     return params, device
 

@@ -11,6 +11,10 @@ Rows of the device buffer of one layer, for seat s (H hot rows, ring_rows newest
 | [s * (H + ring_rows), + H)                       | hot slots: positions < ring_start[s], any order |
 | [s * (H + ring_rows) + H, + ring_rows)           | position p >= ring_start[s] in row p % ring_rows |
 
+Victims are chosen by the newest index scores where the caller has them (the indexer scores every
+position at every step, so a resident row that was not selected has a score too), else by recency.
+docs/reports/2026-11-20-replacement.md compares the two.
+
 Always true, before and after: slot_of_position[s, p] == h exactly if position_of_slot[s, h] == p, so
 a position is resident at most once. Only rows of the seats in `seats` change. A slot that this step
 uses (last_use == step) is never a victim.
@@ -26,7 +30,7 @@ from torch import Tensor
 
 from ..common.errors import KernelError
 from . import cuda_swap_in
-from .registry import INT32, INT64, INTS, Arguments, cpu_op, implement
+from .registry import FLOAT32, INT32, INT64, INTS, Arguments, cpu_op, implement
 
 FAULT_POSITION = 1
 """A position < -1, at or past the sequence's length, past the tables, or older than the ring holds."""
@@ -34,6 +38,12 @@ FAULT_HOLE = 2
 """A miss whose page has no host page."""
 FAULT_FULL = 4
 """More distinct misses than slots that this step does not use."""
+SCORE_STEPS = 63
+"""Scores of the rows that may go are rounded to so many even steps, from their lowest to highest."""
+MAX_SCORE = 1e30
+"""Scores beyond, either way, count as this; NaN as the lowest."""
+MIN_SCORE_RANGE = 1e-30
+"""Scores closer together than this count as equal."""
 
 
 def resolve(
@@ -54,14 +64,15 @@ def resolve(
     page_size: int,
     ring_rows: int,
     is_scattered: bool = False,
+    scores_BC: Tensor | None = None,
 ) -> None:
     """Resolves the top-k of B sequences and updates the tables of their seats.
 
     A position in the ring resolves to its ring row. A resident position is a hit: its slot's
     last_use becomes the step. Any other is a miss: it takes a victim slot, whose old position is
     forgotten, and is listed in the plan. Victims of a row are as many as its misses: empty slots,
-    lowest first, then the least recently used, lowest first on ties; never one used in this step.
-    They are handed out in ascending order. Misses are listed in the order of their first occurrence
+    lowest first, then those whose positions have the lowest score, or without scores the least
+    recently used; lowest slot first on ties; never one used in this step. They are handed out in ascending order. Misses are listed in the order of their first occurrence
     in the top-k row; a position that occurs twice resolves to one row and one miss.
 
     Args:
@@ -84,6 +95,9 @@ def resolve(
         ring_rows: rows of a seat's ring.
         is_scattered: the host pages lie all over the pool rather than in long runs: misses are
             listed by ascending host slot, for a copy that goes through the pool in order.
+        scores_BC: float32 [B, any], rows may lie apart; index scores of this step by position, as
+            select_topk had them, compared in steps (SCORE_STEPS). A position past the row's end has
+            the score at its end. None: recency.
 
     A padded row writes -1 and 0 into the outputs and touches no table. Raises KernelError on
     mismatching tensors, a seat past S, or a seat that occurs twice.
@@ -104,8 +118,8 @@ def resolve(
         num_misses_B,
         fault_B,
     )
-    check_resolve("resolve", *tensors, page_size, ring_rows)
-    _op(*tensors, page_size, ring_rows, is_scattered)
+    check_resolve("resolve", *tensors, page_size, ring_rows, scores_BC)
+    _op(*tensors, page_size, ring_rows, is_scattered, scores_BC)
 
 
 def check_resolve(
@@ -126,6 +140,7 @@ def check_resolve(
     fault_B: Tensor,
     page_size: int,
     ring_rows: int,
+    scores_BC: Tensor | None,
 ) -> Arguments:
     """Checks what `resolve` takes, in its order, on behalf of `op`; returns the sizes seen."""
     arguments = Arguments(op)
@@ -144,6 +159,8 @@ def check_resolve(
     check("miss_device_row_BK", miss_device_row_BK, INT64, "B", "K")
     check("num_misses_B", num_misses_B, INT32, "B")
     check("fault_B", fault_B, INT32, "B")
+    if scores_BC is not None:
+        check("scores_BC", scores_BC, FLOAT32, "B", None)
     hot_rows = arguments.sizes["H"]
     if slot_of_position_SC.dtype == torch.int16 and hot_rows > 1 << 15:
         raise KernelError(f"{op}: slot_of_position is int16, expected int32 for {hot_rows} rows")
@@ -170,6 +187,7 @@ def _resolve(
     page_size: int,
     ring_rows: int,
     is_scattered: bool = False,
+    scores_BC: Tensor | None = None,
 ) -> None:
     seats = seats_B.tolist()
     real = [seat for seat in seats if seat >= 0]
@@ -192,7 +210,8 @@ def _resolve(
         if seat < 0:
             continue
         view = _Seat(*(table[seat] for table in tables), ring_starts[seat], ring_rows, step)
-        hot, slots, misses, faults[row] = view.resolve(topk[row], lengths[row], page_size)
+        scores = None if scores_BC is None else scores_BC[row].numpy()
+        hot, slots, misses, faults[row] = view.resolve(topk[row], lengths[row], page_size, scores)
         if is_scattered:
             order = np.argsort(misses)
             slots, misses = slots[order], misses[order]
@@ -240,7 +259,7 @@ class _Seat:
         self.step = step
 
     def resolve(
-        self, topk: np.ndarray, seq_len: int, page_size: int
+        self, topk: np.ndarray, seq_len: int, page_size: int, scores: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """Returns (row of each entry within the seat or -1, victims, their host slots, faults)."""
         hot = np.full(topk.shape, -1, dtype=np.int64)
@@ -253,13 +272,15 @@ class _Seat:
         positions = topk[cached]
         slots = self.slot_of_position[positions]
         self.last_use[slots[slots >= 0]] = self.step
-        victims, host_slots, flags = self._take_in(positions[slots < 0], page_size)
+        victims, host_slots, flags = self._take_in(positions[slots < 0], page_size, scores)
         if victims.size:
             slots = self.slot_of_position[positions]
         hot[cached] = slots
         return hot, victims, host_slots, fault | flags
 
-    def _take_in(self, missing: np.ndarray, page_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def _take_in(
+        self, missing: np.ndarray, page_size: int, scores: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """Gives missing positions a slot each; returns (victims, host slots, faults)."""
         none = np.empty(0, dtype=np.int64)
         if not missing.size:
@@ -273,7 +294,7 @@ class _Seat:
         if (host_page < 0).any():
             fault |= FAULT_HOLE
             missing, host_page = missing[host_page >= 0], host_page[host_page >= 0]
-        victims = self._victims(missing.size)
+        victims = self._victims(missing.size, scores)
         if victims.size < missing.size:
             fault |= FAULT_FULL
             missing, host_page = missing[: victims.size], host_page[: victims.size]
@@ -284,17 +305,35 @@ class _Seat:
         self.last_use[victims] = self.step
         return victims, host_page * page_size + missing % page_size, fault
 
-    def _victims(self, count: int) -> np.ndarray:
-        """Up to `count` slots to overwrite, ascending: the empty ones, then the least recently used."""
+    def _victims(self, count: int, scores: np.ndarray | None) -> np.ndarray:
+        """Up to `count` slots to overwrite, ascending: the empty ones, then the least wanted."""
         empty = np.flatnonzero(self.position_of_slot < 0)[:count]
         if empty.size == count:
             return empty
         free = np.flatnonzero((self.position_of_slot >= 0) & (self.last_use != self.step))
         count -= empty.size
-        age = self.last_use[free].astype(np.int64) * self.last_use.size + free
         if count < free.size:
-            free = free[np.argpartition(age, count)[:count]]
+            if scores is None:
+                wanted = self.last_use[free].astype(np.int64)
+            else:
+                wanted = score_steps(scores, self.position_of_slot[free])
+            order = wanted * self.last_use.size + free
+            free = free[np.argpartition(order, count)[:count]]
         return np.sort(np.concatenate([empty, free]))
+
+
+def score_steps(scores: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """int64, the positions' scores rounded to SCORE_STEPS even steps, lowest of them to highest.
+
+    Float32 throughout, one rounding an operation, as the CUDA kernel does it.
+    """
+    values = scores[np.minimum(positions, scores.size - 1)]
+    values = np.fmin(np.fmax(values, np.float32(-MAX_SCORE)), np.float32(MAX_SCORE))
+    low = values.min()
+    span = values.max() - low
+    if span < np.float32(MIN_SCORE_RANGE):
+        return np.zeros(values.shape, dtype=np.int64)
+    return np.rint((values - low) * (np.float32(SCORE_STEPS - 1) / span)).astype(np.int64)
 
 
 def _distinct(positions: np.ndarray) -> np.ndarray:

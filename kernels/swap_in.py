@@ -106,6 +106,7 @@ def swap_in(
     page_size: int,
     ring_rows: int,
     is_scattered: bool = False,
+    scores_BC: Tensor | None = None,
 ) -> None:
     """`resolve`, then `load_cache_to_device_buffer` of its plan: arguments of both, in that order.
 
@@ -128,10 +129,12 @@ def swap_in(
         num_misses_B,
         fault_B,
     )
-    arguments = check_resolve("swap_in", *tensors, page_size, ring_rows)
+    arguments = check_resolve("swap_in", *tensors, page_size, ring_rows, scores_BC)
     arguments.check("host_rows_NX", host_rows_NX, BYTES, None, "X", is_anywhere=True)
     arguments.check("device_rows_MX", device_rows_MX, BYTES, None, "X")
-    _swap_in_op(*tensors, host_rows_NX, device_rows_MX, page_size, ring_rows, is_scattered)
+    _swap_in_op(
+        *tensors, host_rows_NX, device_rows_MX, page_size, ring_rows, is_scattered, scores_BC
+    )
 
 
 def _swap_in(
@@ -154,6 +157,7 @@ def _swap_in(
     page_size: int,
     ring_rows: int,
     is_scattered: bool = False,
+    scores_BC: Tensor | None = None,
 ) -> None:
     plan = miss_host_slot_BK, miss_device_row_BK, num_misses_B
     resolve_rows(
@@ -172,6 +176,7 @@ def _swap_in(
         page_size,
         ring_rows,
         is_scattered,
+        scores_BC,
     )
     load_cache_to_device_buffer(host_rows_NX, device_rows_MX, *plan, is_scattered)
 

@@ -1,6 +1,7 @@
 // Sums over a block, cluster barriers, programmatic launch: the small tools of the kernels.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 #include "transfer_item.cuh"
@@ -27,6 +28,17 @@ __device__ __forceinline__ unsigned warp_min(unsigned value) {
     }
     return value;
 #endif
+}
+
+// Unsigned of the same order as the floats, which are not NaN; and back.
+__device__ __forceinline__ unsigned ordered_bits(float value) {
+    const int bits = __float_as_int(value);
+    return static_cast<unsigned>(bits ^ (bits >> 31 | INT_MIN));
+}
+
+__device__ __forceinline__ float from_ordered_bits(unsigned bits) {
+    const int value = static_cast<int>(bits);
+    return __int_as_float(value ^ (~value >> 31 | INT_MIN));
 }
 
 // Inclusive sum over the lanes up to the caller's.

@@ -34,6 +34,7 @@ struct ResolveParams {
     int64_t* miss_device_row;   // [B, K] first num_misses written
     int32_t* num_misses;        // [B] written
     int32_t* fault;             // [B] kFault* flags; written
+    const float* scores;        // [B, W] newest index scores, or null: LRU
     int32_t batch;              // B
     int32_t topk;               // K, 1 .. kMaxTopk
     int32_t num_seats;          // S
@@ -48,6 +49,8 @@ struct ResolveParams {
     int32_t copy_warps;   // warps of a CTA that copy
     int32_t sort_misses;  // list misses by ascending host slot where they do not come so
     int32_t is_eager;     // load what misses need before it is known that there are any
+    int32_t num_scores;   // W; positions behind have no score
+    int32_t score_stride;  // floats from one row of scores to the next
 };
 
 // Where the rows of one layer are. Plain rows: row i at i * value_bytes. Paged rows (DeepSeek-V4):

@@ -7,9 +7,10 @@
 // 1. look up    gather slot_of_position; classify: none, ring row, hit (marks its slot), miss
 // 2. none missing: write and leave. The usual end of a row.
 // 3. first one  where the row is not strictly ascending, a hash table keeps the first of equals
-// 4. threshold  the smallest T such that enough slots have key <= T; key = last_use, -1 if the slot
-//               is empty, "never" if this step uses it. Exact LRU; the search gallops up from the
-//               oldest key, where the answer usually is
+// 4. threshold  the smallest T such that enough slots have key <= T; lowest for an empty slot, "never"
+//               if this step uses it. Without scores key = last_use: exact LRU; the search gallops
+//               up from the oldest key, where the answer usually is. With scores key = one of 63
+//               even steps from the lowest to the highest score that may go: one histogram
 // 5. victims    all slots below T and the lowest at T, handed to the misses in slot order
 // 6. write      tables, hot_idx, plan
 //
@@ -29,6 +30,8 @@ constexpr int kNone = -1;
 constexpr int kMiss = -2;
 constexpr int kRepeat = -3;
 constexpr int kNeverEvict = INT_MAX;
+constexpr float kMaxScore = 1e30f;        // scores beyond count as this
+constexpr float kMinScoreRange = 1e-30f;  // scores closer together count as equal
 
 __device__ __forceinline__ int64_t load_index(const void* index, int is_64, int at) {
     return is_64 ? static_cast<const int64_t*>(index)[at] : static_cast<const int32_t*>(index)[at];
@@ -63,7 +66,9 @@ struct RowResolver {
     int first_miss;        // misses of the row before the thread's entries
     int miss[kEntries];    // index of the entry's miss in the plan; before: see keep_first
     int key[kSlots];
-    int held[kSlots];  // position in the slot
+    int held[kSlots];     // position in the slot
+    unsigned empty = 0;   // with scores: bits of the thread's empty slots,
+    unsigned scored = 0;  // and of those that may be taken
     unsigned fault = 0;
     bool has_arrived = false;  // at the cluster's barrier
 
@@ -80,6 +85,7 @@ struct RowResolver {
     __device__ uint32_t* used() const { return at<uint32_t>(layout.used); }
     __device__ int32_t* miss_host() const { return at<int32_t>(layout.miss_host); }
     __device__ uint16_t* victim() const { return at<uint16_t>(layout.victim); }
+    __device__ bool by_score() const { return p.scores != nullptr; }
 
     // Resolves the row; returns the number of misses to copy, which miss_host() and victim() list.
     // `num_host_rows`: rows of the host pool; a host slot past it is a hole.
@@ -107,14 +113,20 @@ struct RowResolver {
         }
         find_host_slots(num_host_rows, host_slot);
         note_fault();
-        publish_lowest_use();
+        if (!by_score()) {
+            publish_lowest_use();
+        }
         bool is_ascending;
         int num_misses = count_misses(words(0), is_in_order(), is_ascending);
         if (num_misses == 0) {
             write_row(0);
             return 0;
         }
-        make_keys();
+        if (by_score()) {
+            load_scores();
+        } else {
+            make_keys();
+        }
         if (!is_ascending) {
             keep_first();
             bool is_always_true;
@@ -143,6 +155,9 @@ struct RowResolver {
         }
         if (tid == 0) {
             *at<uint32_t>(layout.flags) = 0;
+        }
+        if (tid < SmemLayout::kBins) {
+            at<uint32_t>(layout.bins)[tid] = 0;
         }
         const int32_t* topk_idx = p.topk_idx + static_cast<int64_t>(row) * p.topk;
         load_entries(topk_idx);
@@ -336,16 +351,40 @@ struct RowResolver {
         words(2).put(warp, lane, warp_min(static_cast<unsigned>(max(low, 0))));
     }
 
-    __device__ void make_keys() {
+    __device__ unsigned used_bits() const {
         static_assert(32 % kSlots == 0, "a thread's bits are in one word");
         const int first = tid * kSlots;
-        const unsigned used_bits = first < p.hot_rows ? used()[first / 32] >> (first % 32) : 0u;
+        return first < p.hot_rows ? used()[first / 32] >> (first % 32) : 0u;
+    }
+
+    __device__ void make_keys() {
+        const int first = tid * kSlots;
+        const unsigned used_bits = this->used_bits();
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
             const bool is_used =
                 (used_bits >> s & 1u) != 0 || key[s] == step || first + s >= p.hot_rows;
             const bool is_empty = held[s] < 0 && first + s < p.hot_rows;
             key[s] = is_empty ? -1 : is_used ? kNeverEvict : key[s];
+        }
+    }
+
+    // Scores of the positions that may be forgotten into key, as they are: in flight until the
+    // threshold is searched.
+    __device__ void load_scores() {
+        const int first = tid * kSlots;
+        const unsigned used_bits = this->used_bits();
+        const float* scores = p.scores + static_cast<int64_t>(row) * p.score_stride;
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+            const bool is_used =
+                (used_bits >> s & 1u) != 0 || key[s] == step || first + s >= p.hot_rows;
+            const bool is_empty = held[s] < 0 && first + s < p.hot_rows;
+            empty |= is_empty ? 1u << s : 0u;
+            if (!is_used && !is_empty) {
+                scored |= 1u << s;
+                key[s] = __float_as_int(scores[min(held[s], p.num_scores - 1)]);
+            }
         }
     }
 
@@ -418,8 +457,7 @@ struct RowResolver {
     // Lists up to `wanted` victims in slot order; rank 0 forgets their positions. Returns how many.
     // Barriers inside and at the end.
     __device__ int choose_victims(int wanted) {
-        const unsigned low = lane < kWarps ? words(2).words[lane] : unsigned{kNeverEvict - 1};
-        const int threshold = find_threshold(static_cast<int>(warp_min(low)), wanted);
+        const int threshold = by_score() ? find_score(wanted) : find_last_use(wanted);
         unsigned own = 0;  // slots below the threshold, slots at it << 16
 #pragma unroll
         for (int s = 0; s < kSlots; ++s) {
@@ -463,6 +501,60 @@ struct RowResolver {
             victim()[index++] = static_cast<uint16_t>(tid * kSlots + __ffs(victims) - 1);
             victims &= victims - 1;
         }
+    }
+
+    // Smallest T with count(key <= T) >= wanted, or kNeverEvict - 1 if there is none.
+    __device__ int find_last_use(int wanted) {
+        const unsigned low = lane < kWarps ? words(2).words[lane] : unsigned{kNeverEvict - 1};
+        return find_threshold(static_cast<int>(warp_min(low)), wanted);
+    }
+
+    // The same by score; turns scores into keys. Barriers inside.
+    __device__ int find_score(int wanted) {
+        constexpr int kLastStep = SmemLayout::kBins - 2;  // bin 0 counts empty slots
+        float low = kMaxScore;
+        float high = -kMaxScore;
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+            if ((scored >> s & 1u) != 0) {
+                const float score = fminf(fmaxf(__int_as_float(key[s]), -kMaxScore), kMaxScore);
+                key[s] = __float_as_int(score);
+                low = fminf(low, score);
+                high = fmaxf(high, score);
+            }
+        }
+        words(4).put(warp, lane, warp_min(ordered_bits(low)));
+        words(5).put(warp, lane, warp_min(~ordered_bits(high)));
+        __syncthreads();
+        low = from_ordered_bits(warp_min(lane < kWarps ? words(4).words[lane] : ~0u));
+        high = from_ordered_bits(~warp_min(lane < kWarps ? words(5).words[lane] : ~0u));
+        const float range = high - low;
+        const float scale = range >= kMinScoreRange ? kLastStep / range : 0.0f;
+        uint32_t* bins = at<uint32_t>(layout.bins);
+#pragma unroll
+        for (int s = 0; s < kSlots; ++s) {
+            if ((scored >> s & 1u) != 0) {
+                // Added to 2^23, what is rounded are the bits: a conversion takes eight times longer.
+                const float step_at = __fmul_rn(__int_as_float(key[s]) - low, scale);
+                key[s] = __float_as_int(__fadd_rn(step_at, 0x1p23f)) - __float_as_int(0x1p23f) + 1;
+                atomicAdd(&bins[key[s]], 1u);
+            } else {
+                key[s] = (empty >> s & 1u) != 0 ? 0 : kNeverEvict;
+            }
+        }
+        const unsigned num_empty = warp_sum(__popc(empty));
+        if (lane == 0 && num_empty != 0) {
+            atomicAdd(&bins[0], num_empty);
+        }
+        __syncthreads();
+        static_assert(SmemLayout::kBins == 2 * kWarpSize, "two bins a lane");
+        const unsigned second = bins[2 * lane + 1];
+        const int both = static_cast<int>(warp_inclusive_sum(bins[2 * lane] + second, lane));
+        const unsigned too_few = ~__ballot_sync(kFullMask, both >= wanted);
+        const unsigned first_too_few =
+            ~__ballot_sync(kFullMask, both - static_cast<int>(second) >= wanted);
+        // Sums ascend: as many bins before the answer as have too few up to them.
+        return ~too_few == 0 ? kNeverEvict - 1 : __popc(too_few) + __popc(first_too_few);
     }
 
     // Smallest T with count(key <= T) >= wanted, or kNeverEvict - 1 if there is none; `low`: not

@@ -8,6 +8,7 @@
 // | miss_host   | 4 K            | host slot of miss i                                            |
 // | scratch     | max(12, 16) K' | hash table + positions, then 64-bit sort keys; K' = K to 2^n   |
 // | victim      | 2 K            | hot slot of miss i                                             |
+// | bins        | 64 * 4         | slots that may be taken, by score                              |
 #pragma once
 
 #include <cstddef>
@@ -18,6 +19,7 @@ namespace tidepool {
 struct SmemLayout {
     static constexpr int kWarpSlots = 32;
     static constexpr int kWarpRows = 16;
+    static constexpr int kBins = 64;
 
     int sort_size;   // a power of two >= K
     int table_size;  // entries of the hash table
@@ -26,6 +28,7 @@ struct SmemLayout {
     size_t miss_host;
     size_t scratch;
     size_t victim;
+    size_t bins;
     size_t bytes;
 
     __host__ __device__ constexpr SmemLayout(int topk, int hot_rows)
@@ -36,7 +39,8 @@ struct SmemLayout {
           miss_host(align(used + (hot_rows + 31) / 32 * sizeof(uint32_t))),
           scratch(align(miss_host + topk * sizeof(int32_t))),
           victim(scratch + (table_size + sort_size) * sizeof(int32_t)),
-          bytes(align(victim + topk * sizeof(uint16_t))) {}
+          bins(align(victim + topk * sizeof(uint16_t))),
+          bytes(bins + kBins * sizeof(uint32_t)) {}
 
     __host__ __device__ static constexpr int power_of_two(int at_least) {
         int size = 1;

@@ -39,6 +39,7 @@ class Case:
     lens_dtype: torch.dtype = torch.int64
     holes: bool = False
     scattered: bool = False
+    scores: str = ""  # or normal, few, wild
     steps: int = 12
 
 
@@ -59,6 +60,17 @@ CASES = [
     Case("16384 hot rows", topk=2048, hot_rows=16384, context=65536, locality=0.0, batch=2),
     Case("16384 hot rows, hostile", topk=2048, hot_rows=16381, context=40000, order="hostile"),
     Case("many rows", topk=128, batch=512, context=512, row_bytes=48, steps=3),
+    Case("scores", scores="normal"),
+    Case("scores, half of them", scores="normal", locality=0.5, hot_rows=512, context=4096),
+    Case("equal scores", scores="few", order="shuffled", locality=0.5),
+    Case("wild scores", scores="wild", order="hostile", holes=True, locality=0.6),
+    Case("scores, as many slots as selected", scores="normal", hot_rows=128, locality=0.5),
+    Case("scores, fewer slots", scores="few", hot_rows=100, order="hostile"),
+    Case("scores, odd", topk=131, hot_rows=259, context=1003, page_size=1, scores="wild"),
+    Case("scores, full", topk=2048, hot_rows=4096, context=16384, batch=9, scores="normal"),
+    Case("scores, 8192", topk=1024, hot_rows=8192, context=20000, scores="wild", steps=14),
+    Case("scores, 16381", topk=2048, hot_rows=16381, context=40000, scores="normal", batch=2),
+    Case("scores, sorted plan", order="shuffled", scattered=True, page_size=1, scores="normal"),
     Case("row of 584 bytes", row_bytes=584),
     Case("row of 1152 bytes", row_bytes=1152),
     Case("row of 2304 bytes", row_bytes=2304),
@@ -125,9 +137,26 @@ class World:
             rows = torch.where(at, wild[choice], rows)
         return rows
 
-    def run(self, where: str, topk, lengths, seats, call) -> Outputs:
+    def next_scores(self, batch: int) -> torch.Tensor | None:
+        """few: many are equal; wild: 77 powers of ten, zeros, infinities, no numbers."""
+        kind, context = self.case.scores, self.case.context
+        if not kind:
+            return None
+        scores = torch.randn(batch, context + 5, generator=self.rng)
+        if kind == "few":
+            scores = (scores * 2).round() / 2 * 0.0001
+        if kind == "wild":
+            scores = scores * 10.0 ** torch.randint(-40, 38, scores.shape, generator=self.rng)
+            at = torch.randint(0, 40, scores.shape, generator=self.rng)
+            for number, value in enumerate([float("inf"), -float("inf"), float("nan"), -0.0, 0.0]):
+                scores[at == number] = value
+        return scores
+
+    def run(self, where: str, topk, lengths, seats, call, scores=None) -> Outputs:
         device = "cpu" if where == "cpu" else "cuda"
         tables = self.cpu if where == "cpu" else self.gpu
+        if scores is not None:  # rows that lie apart, and shorter than the longest sequence
+            scores = scores.to(device)[:, : self.case.context - 3]
         batch, k = topk.shape
         out = {
             "hot_idx": torch.full((batch, k), 99, dtype=torch.int32, device=device),
@@ -142,7 +171,7 @@ class World:
             tables["slot_of_position"], tables["last_use"],
             torch.tensor([self.step], dtype=torch.int32, device=device), *out.values(),
             self.host_NX, tables["rows"], self.case.page_size, self.ring_rows,
-            self.case.scattered,
+            self.case.scattered, scores,
         )  # fmt: skip
         return {name: tensor.cpu() for name, tensor in out.items()}
 
@@ -164,21 +193,21 @@ class World:
 
 
 def separate(*args: object) -> None:
-    *tensors, host, rows, page_size, ring_rows, is_scattered = args
-    resolve(*tensors, page_size, ring_rows, is_scattered)
+    *tensors, host, rows, page_size, ring_rows, is_scattered, scores = args
+    resolve(*tensors, page_size, ring_rows, is_scattered, scores)
     load_cache_to_device_buffer(host, rows, *tensors[10:13], is_scattered)
 
 
 def sliced(*args: object) -> None:
-    *tensors, host, rows, page_size, ring_rows, _ = args
-    resolve(*tensors, page_size, ring_rows, True)
+    *tensors, host, rows, page_size, ring_rows, _, scores = args
+    resolve(*tensors, page_size, ring_rows, True, scores)
     tuning = Tuning(is_sliced=True, copy_ctas=5)
     cuda_swap_in.launch_copy(tuning, host, rows, *tensors[10:13], True)
 
 
 def with_ranks(num_ranks: int) -> Callable[..., None]:
     tuning = Tuning(num_ranks=num_ranks, copy_warps=3)
-    return lambda *args: cuda_swap_in.launch_swap_in(tuning, *args)
+    return lambda *args: cuda_swap_in.launch_swap_in(tuning, *args[:-1], scores_BC=args[-1])
 
 
 WAYS = {
@@ -202,8 +231,9 @@ def test_answers_tables_and_rows_equal_the_references(case: Case, way: str) -> N
         topk = world.next_topk(seats)
         lengths = torch.where(seats >= 0, world.lengths[seats], 0).to(case.lens_dtype)
         seats = seats.to(case.seats_dtype)
-        want = world.run("cpu", topk, lengths, seats, separate)
-        have = world.run("gpu", topk, lengths, seats, WAYS[way])
+        scores = world.next_scores(case.batch)
+        want = world.run("cpu", topk, lengths, seats, separate, scores)
+        have = world.run("gpu", topk, lengths, seats, WAYS[way], scores)
         world.check_equal(want, have, case.scattered and way in ("separate", "sliced"))
     if case.order == "hostile":
         assert int(want["fault"].max()) & FAULT_POSITION

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,7 +47,7 @@ class Tables:
         tables = self.page_table, self.ring_start, self.position_of_slot
         return [table.clone() for table in (*tables, self.slot_of_position, self.last_use)]
 
-    def resolve(self, topk, lengths, seats, dtype=torch.int32) -> Answer:
+    def resolve(self, topk, lengths, seats, dtype=torch.int32, scores=None) -> Answer:
         """Resolves the next step; outputs start as garbage so that every one must be written."""
         self.step += 1
         topk = torch.as_tensor(topk, dtype=torch.int32)
@@ -74,6 +76,8 @@ class Tables:
             answer.faults,
             self.page_size,
             self.ring_rows,
+            False,
+            scores,
         )
         return answer
 
@@ -127,7 +131,7 @@ class SlowSeat:
     used: dict[int, int] = field(default_factory=dict)
     """slot -> step of its last use"""
 
-    def resolve(self, topk: list[int], length: int, step: int):
+    def resolve(self, topk: list[int], length: int, step: int, scores: list[float] | None = None):
         tables = self.tables
         ring_start = int(tables.ring_start[self.seat])
         end = min(length, ring_start + tables.ring_rows, tables.max_context)
@@ -141,7 +145,7 @@ class SlowSeat:
         holes = {p for p in wanted if p not in self.slots and self.host_slot(p) is None}
         fault |= FAULT_HOLE if holes else 0
         missing = [p for p in dict.fromkeys(wanted) if p not in self.slots and p not in holes]
-        victims = self.victims(len(missing), step)
+        victims = self.victims(len(missing), step, scores)
         fault |= FAULT_FULL if len(victims) < len(missing) else 0
         misses = []
         for position, victim in zip(missing, victims, strict=False):
@@ -161,11 +165,27 @@ class SlowSeat:
         page = int(self.tables.page_table[self.seat, position // page_size])
         return page * page_size + position % page_size if page >= 0 else None
 
-    def victims(self, count: int, step: int) -> list[int]:
-        taken = set(self.slots.values())
-        empty = [slot for slot in range(self.tables.hot_rows) if slot not in taken]
-        old = [slot for slot in taken if self.used[slot] != step]
-        return sorted((empty + sorted(old, key=lambda slot: (self.used[slot], slot)))[:count])
+    def victims(self, count: int, step: int, scores: list[float] | None) -> list[int]:
+        held = {slot: position for position, slot in self.slots.items()}
+        empty = [slot for slot in range(self.tables.hot_rows) if slot not in held]
+        old = [slot for slot in held if self.used[slot] != step]
+        rank = self.used if scores is None else steps_of({s: held[s] for s in old}, scores)
+        old.sort(key=lambda slot: (rank[slot], slot))
+        return sorted((empty + old)[:count])
+
+
+def steps_of(held: dict[int, int], scores: list[float]) -> dict[int, int]:
+    """slot -> which of 63 even steps its position's score is nearest to."""
+    values = {slot: scores[min(position, len(scores) - 1)] for slot, position in held.items()}
+    values = {
+        slot: np.float32(-1e30 if math.isnan(value) else min(max(value, -1e30), 1e30))
+        for slot, value in values.items()
+    }
+    low, high = min(values.values(), default=0), max(values.values(), default=0)
+    if high - low < np.float32(1e-30):
+        return dict.fromkeys(values, 0)
+    scale = np.float32(62) / (high - low)
+    return {slot: round(float((value - low) * scale)) for slot, value in values.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +193,16 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-def run_against_model(data, tables: Tables, num_steps: int, k: int, dtype, is_clean: bool) -> None:
+def draw_scores(data, num_rows: int, max_context: int) -> torch.Tensor:
+    few = st.sampled_from([-math.inf, -2.5, -1e-42, -0.0, 0.0, 1.0, 7.25, math.inf, math.nan])
+    size = num_rows * data.draw(st.integers(1, max_context))
+    drawn = data.draw(st.lists(few, min_size=size, max_size=size))
+    return torch.tensor(drawn, dtype=torch.float32).view(num_rows, -1)
+
+
+def run_against_model(
+    data, tables: Tables, num_steps: int, k: int, dtype, is_clean: bool, has_scores: bool
+) -> None:
     """Random steps over growing sequences; `is_clean`: only legal input, so no fault may occur."""
     seats = [SlowSeat(tables, seat) for seat in range(tables.num_seats)]
     lengths = [data.draw(st.integers(1, tables.max_context)) for _ in seats]
@@ -199,14 +228,16 @@ def run_against_model(data, tables: Tables, num_steps: int, k: int, dtype, is_cl
                 row = [-1] * k
             topk.append(row)
         before = tables.snapshot()
-        answer = tables.resolve(topk, [lengths[seat] for seat in batch], batch, dtype)
+        scores = draw_scores(data, len(batch), tables.max_context) if has_scores else None
+        answer = tables.resolve(topk, [lengths[seat] for seat in batch], batch, dtype, scores)
         for index, seat in enumerate(batch):
             if seat < 0:
                 assert answer.hot_idx[index].tolist() == [-1] * k
                 assert answer.misses(index) == []
                 assert int(answer.faults[index]) == 0
                 continue
-            hot, misses, fault = seats[seat].resolve(topk[index], lengths[seat], tables.step)
+            given = None if scores is None else scores[index].tolist()
+            hot, misses, fault = seats[seat].resolve(topk[index], lengths[seat], tables.step, given)
             assert answer.hot_idx[index].tolist() == hot
             assert answer.misses(index) == misses
             assert int(answer.faults[index]) == fault
@@ -238,16 +269,21 @@ shapes = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
-@given(data=st.data(), tables=shapes, dtype=st.sampled_from([torch.int32, torch.int64]))
-def test_any_input_resolves_as_the_slow_model_does(data, tables, dtype) -> None:
-    run_against_model(data, tables, 6, data.draw(st.integers(1, 8)), dtype, is_clean=False)
+@settings(max_examples=160, deadline=None)
+@given(
+    data=st.data(),
+    tables=shapes,
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+    has_scores=st.booleans(),
+)
+def test_any_input_resolves_as_the_slow_model_does(data, tables, dtype, has_scores) -> None:
+    run_against_model(data, tables, 6, data.draw(st.integers(1, 8)), dtype, False, has_scores)
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), tables=shapes)
-def test_legal_input_never_faults(data, tables) -> None:
-    run_against_model(data, tables, 8, data.draw(st.integers(1, 6)), torch.int32, is_clean=True)
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), tables=shapes, has_scores=st.booleans())
+def test_legal_input_never_faults(data, tables, has_scores) -> None:
+    run_against_model(data, tables, 8, data.draw(st.integers(1, 6)), torch.int32, True, has_scores)
 
 
 def one_seat(hot_rows: int, ring_start: int, max_context: int = 64) -> Tables:
@@ -306,6 +342,44 @@ def test_the_least_recently_used_slot_goes_first_and_the_lowest_on_ties() -> Non
     assert tables.resolve([[21]], [60], [0]).hot_idx.tolist() == [[2]]
     assert tables.resolve([[22]], [60], [0]).hot_idx.tolist() == [[3]]
     assert tables.resolve([[23]], [60], [0]).hot_idx.tolist() == [[1]]
+
+
+def test_with_scores_the_lowest_scored_slot_goes_first_and_the_lowest_on_ties() -> None:
+    tables = one_seat(hot_rows=4, ring_start=60)
+    scores = torch.zeros(1, 60)
+    tables.resolve([[10, 11, 12, 13]], [60], [0])
+    scores[0, 10:14] = torch.tensor([3.0, -1.0, 2.0, -1.0])
+    for new, slot in ((20, 1), (21, 3), (22, 2), (23, 0)):
+        scores[0, new] = 4.0
+        assert tables.resolve([[new]], [60], [0], scores=scores).hot_idx.tolist() == [[slot]]
+    assert tables.position_of_slot[0].tolist() == [23, 20, 22, 21]
+    scores[0, 20:24] = torch.tensor([-math.inf, 5.0, math.nan, 0.0])
+    for new, slot in ((30, 1), (31, 2), (32, 0)):
+        scores[0, new] = 4.0
+        assert tables.resolve([[new]], [60], [0], scores=scores).hot_idx.tolist() == [[slot]]
+
+
+def test_scores_nearer_than_a_step_count_as_equal() -> None:
+    tables = one_seat(hot_rows=4, ring_start=60)
+    tables.resolve([[10, 11, 12, 13]], [60], [0])
+    scores = torch.zeros(1, 60)
+    scores[0, 10:14] = torch.tensor([62.0, 1.4, 0.6, 0.0])
+    answer = tables.resolve([[20, 21]], [60], [0], scores=scores)
+    assert answer.hot_idx.tolist() == [[1, 3]]
+
+
+def test_a_low_score_does_not_cost_a_slot_of_this_step_its_row() -> None:
+    tables = one_seat(hot_rows=4, ring_start=60)
+    tables.resolve([[0, 1, 2, 3]], [60], [0])
+    scores = torch.ones(1, 60)
+    scores[0, 2] = -5.0
+    answer = tables.resolve([[2, 9]], [60], [0], scores=scores)
+    assert answer.hot_idx.tolist() == [[2, 0]]
+
+
+def test_scores_of_another_batch_size_are_refused() -> None:
+    with pytest.raises(KernelError, match=r"scores_BC is float32 \[2, 60\].*B=1"):
+        one_seat(4, 60).resolve([[1]], [60], [0], scores=torch.zeros(2, 60))
 
 
 def test_an_emptied_slot_is_taken_before_an_old_one() -> None:
