@@ -100,6 +100,7 @@ class UncopiedCache(HotCache):
         lens_B: Tensor,
         seats_B: Tensor,
         host_rows: Tensor,
+        scores_BC: Tensor | None,
     ) -> None:
         part, plan = slice(first_row, first_row + topk_idx_BK.shape[0]), self._plan
         resolve(
@@ -119,6 +120,7 @@ class UncopiedCache(HotCache):
             self._fault_GS[group, part],
             self.geometry.page_size,
             self.ring_rows,
+            scores_BC=scores_BC,
         )
         for layer in self._layers_of_group[group]:
             self._copied_L[layer] = self._side.mark()

@@ -87,6 +87,8 @@ class DecodeSection:
     """Longest sequence, prompt and output; 0: the model's own limit, bounded by the pools."""
     park_after_tokens: int = 64
     """A running request keeps its seat for at least this many tokens before it may be parked."""
+    replacement: Literal["score", "lru"] = "score"
+    """Which row of a full hot buffer makes room: the one whose index score is lowest, or the one unused for longest."""
     warm_start: bool = True
     """Load the prompt's last top-k into the hot buffer at admission."""
     cuda_graphs: bool = True

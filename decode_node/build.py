@@ -106,6 +106,7 @@ def build_coordinator(
         max_context=context,
         topk=model.index_topk,
         device=device,
+        by_score=decode.replacement == "score",
     )
     admission = Admission(
         host.pages,

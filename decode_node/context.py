@@ -99,6 +99,7 @@ class DecodeContext:
                 self._batch.lens_B[part],
                 self._batch.seats_B[part],
                 self._host.rows,
+                self._batch.scores_BC[part],
             )
 
     def attend(self, layer: int, q_latent_THC: Tensor, q_rope_THR: Tensor, scale: float) -> Tensor:

@@ -54,6 +54,7 @@ class HotCache:
         max_context: longest sequence, in tokens.
         topk: selected rows a token.
         device: where the rows live.
+        by_score: rows make room by the index scores of the step, not by how long they were unused.
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class HotCache:
         max_context: int,
         topk: int,
         device: torch.device,
+        by_score: bool = True,
     ) -> None:
         self.geometry = geometry
         self.hot_rows = hot_rows
         self.ring_rows = RING_PAGES * geometry.page_size
         self.seat_rows = hot_rows + self.ring_rows
         self.topk = topk
+        self._by_score = by_score
         self._group_of_layer = group_of_layer
         self._layers_of_group = [
             [layer for layer, group in enumerate(group_of_layer) if group == index]
@@ -165,6 +168,7 @@ class HotCache:
         lens_B: Tensor,
         seats_B: Tensor,
         host_rows: Tensor,
+        scores_BC: Tensor,
     ) -> None:
         """Plans the group's step and starts the copies of its layers' missing rows.
 
@@ -176,6 +180,7 @@ class HotCache:
             lens_B: int64, sequence lengths, the newest token included.
             seats_B: int64, seat of each batch row, -1 = padded.
             host_rows: uint8 [L, slots, row_bytes] of the host pool.
+            scores_BC: float32, what the selection was made by; not changed before `hot_idx`.
 
         Faults (kernels/resolve.py) are gathered for `end_step`.
         """
@@ -186,7 +191,8 @@ class HotCache:
             hot_idx_BK.copy_(torch.where(topk_idx_BK >= 0, topk_idx_BK + base_B1, -1))
             return
         with self._side.fork():
-            self._plan_and_copy(group, first_row, topk_idx_BK, lens_B, seats_B, host_rows)
+            scores = scores_BC if self._by_score else None
+            self._plan_and_copy(group, first_row, topk_idx_BK, lens_B, seats_B, host_rows, scores)
 
     def _plan_and_copy(
         self,
@@ -196,6 +202,7 @@ class HotCache:
         lens_B: Tensor,
         seats_B: Tensor,
         host_rows: Tensor,
+        scores_BC: Tensor | None,
     ) -> None:
         part = slice(first_row, first_row + topk_idx_BK.shape[0])
         first, *others = self._layers_of_group[group]
@@ -217,9 +224,10 @@ class HotCache:
         )
         sizes = (self.geometry.page_size, self.ring_rows)
         if topk_idx_BK.shape[0] <= self.fused_batch:
-            swap_in(*tensors, host_rows[first], self.rows[first], *sizes)
+            rows = (host_rows[first], self.rows[first])
+            swap_in(*tensors, *rows, *sizes, scores_BC=scores_BC)
         else:
-            resolve(*tensors, *sizes)
+            resolve(*tensors, *sizes, scores_BC=scores_BC)
             load_cache_to_device_buffer(host_rows[first], self.rows[first], *misses)
         self._copied_L[first] = self._side.mark()
         for layer in others:

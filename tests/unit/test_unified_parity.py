@@ -33,6 +33,22 @@ def test_greedy_tokens_equal_transformers(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_tokens_do_not_depend_on_which_rows_make_room(
+    kind: Kind, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    seed = VETTED_SEEDS[kind][0]
+    path = session_checkpoint(tmp_path_factory, kind, seed)
+    misses = {}
+    for replacement in ("score", "lru"):
+        settings = {"decode.hot_rows": INDEX_TOPK + 4, "decode.replacement": replacement}
+        node = UnifiedHarness(path, **settings, **{"kv.page_size": 4})
+        (tokens,) = node.generate([prompt(seed)], max_tokens=NUM_GREEDY)
+        assert tokens == list(greedy_reference(kind, seed)[0])
+        misses[replacement] = node.decode.stats()["hot_misses"]
+    assert misses["score"] != misses["lru"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("chunk_tokens", [7, 64, 4096])
 def test_tokens_do_not_depend_on_page_size_or_chunks(
