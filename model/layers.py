@@ -11,19 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import norms
 from ..kernels.block_fp8 import block_fp8_linear
 
 
 def rms_norm(x_TX: Tensor, weight_X: Tensor, eps: float) -> Tensor:
     """RMSNorm in float32; cast back before the weight, as the reference models do."""
-    x32_TX = x_TX.float()
-    variance_T1 = x32_TX.square().mean(-1, keepdim=True)
-    return weight_X * (x32_TX * torch.rsqrt(variance_T1 + eps)).to(x_TX.dtype)
+    out_TX = torch.empty(x_TX.shape, dtype=x_TX.dtype, device=x_TX.device)
+    norms.rms_norm(x_TX, weight_X, eps, out_TX)
+    return out_TX
+
+
+def add_rms_norm_(sum_TX: Tensor, x_TX: Tensor, weight_X: Tensor, eps: float) -> Tensor:
+    """Adds `x_TX` to `sum_TX` IN PLACE and returns the sum's RMSNorm."""
+    out_TX = torch.empty_like(sum_TX)
+    norms.add_rms_norm(sum_TX, x_TX, weight_X, eps, out_TX)
+    return out_TX
 
 
 def layer_norm(x_TX: Tensor, weight_X: Tensor, bias_X: Tensor, eps: float) -> Tensor:
     """LayerNorm with bias, in float32; `weight_X` and `bias_X` are float32."""
-    return F.layer_norm(x_TX.float(), weight_X.shape, weight_X, bias_X, eps).to(x_TX.dtype)
+    out_TX = torch.empty(x_TX.shape, dtype=x_TX.dtype, device=x_TX.device)
+    norms.layer_norm(x_TX, weight_X, bias_X, eps, out_TX)
+    return out_TX
 
 
 def linear_fp32(x_TM: Tensor, weight_XM: Tensor) -> Tensor:
@@ -65,5 +75,7 @@ class GatedMlp:
     down_MF: Matrix
 
     def __call__(self, x_TM: Tensor) -> Tensor:
-        gate_TF, up_TF = linear(x_TM, self.gate_up_FM).chunk(2, dim=-1)
-        return linear(F.silu(gate_TF) * up_TF, self.down_MF)
+        gate_up_TF = linear(x_TM, self.gate_up_FM)
+        hidden_TF = gate_up_TF.new_empty(x_TM.shape[0], gate_up_TF.shape[1] // 2)
+        norms.swiglu(gate_up_TF, hidden_TF)
+        return linear(hidden_TF, self.down_MF)

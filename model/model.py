@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .context import AttentionContext
-from .layers import GatedMlp, linear_fp32, rms_norm
+from .layers import GatedMlp, add_rms_norm_, linear_fp32, rms_norm
 from .mla import LatentAttention
 from .moe import MixtureOfExperts, make_router
 from .random_weights import RandomWeights
@@ -39,12 +39,24 @@ class DecoderLayer:
     mlp: GatedMlp | MixtureOfExperts
 
     def __call__(
-        self, hidden_TM: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
+        self,
+        hidden_TM: Tensor,
+        last_TM: Tensor | None,
+        cos_TF: Tensor,
+        sin_TF: Tensor,
+        context: AttentionContext,
     ) -> Tensor:
-        x_TM = rms_norm(hidden_TM, self.input_norm_M, self.norm_eps)
-        hidden_TM = hidden_TM + self.attention(x_TM, cos_TF, sin_TF, context)
-        x_TM = rms_norm(hidden_TM, self.post_attention_norm_M, self.norm_eps)
-        return hidden_TM + self.mlp(x_TM)
+        """Adds the last layer's result and its own attention to `hidden_TM`; returns its MLP's.
+
+        One launch adds and norms: that is why a sum is left to whoever norms it.
+        """
+        if last_TM is None:
+            x_TM = rms_norm(hidden_TM, self.input_norm_M, self.norm_eps)
+        else:
+            x_TM = add_rms_norm_(hidden_TM, last_TM, self.input_norm_M, self.norm_eps)
+        attended_TM = self.attention(x_TM, cos_TF, sin_TF, context)
+        x_TM = add_rms_norm_(hidden_TM, attended_TM, self.post_attention_norm_M, self.norm_eps)
+        return self.mlp(x_TM)
 
 
 class Model:
@@ -166,9 +178,10 @@ class Model:
         """
         hidden_TM = F.embedding(token_ids_T, self._embed_VM)
         cos_TF, sin_TF = self.rope.angles(positions_T)
+        last_TM: Tensor | None = None
         for layer in self.layers:
-            hidden_TM = layer(hidden_TM, cos_TF, sin_TF, context)
-        return rms_norm(hidden_TM, self._norm_M, self.config.rms_norm_eps)
+            last_TM = layer(hidden_TM, last_TM, cos_TF, sin_TF, context)
+        return add_rms_norm_(hidden_TM, last_TM, self._norm_M, self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden_NM: Tensor) -> Tensor:

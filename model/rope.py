@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kernels.rotate import rotate
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
@@ -113,14 +115,6 @@ def apply_rope_(x: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, interleaved: bool)
     compares addresses to find out whether a rotated copy must still be written back. `x` must own
     its elements (no expanded dimension).
     """
-    if interleaved:
-        first, second = x[..., 0::2], x[..., 1::2]
-    else:
-        first, second = x.chunk(2, dim=-1)
-    if x.dim() == 3:
-        cos_TF, sin_TF = cos_TF[:, None], sin_TF[:, None]
-    rotated_first = first * cos_TF - second * sin_TF
-    rotated_second = second * cos_TF + first * sin_TF
-    first.copy_(rotated_first)
-    second.copy_(rotated_second)
+    x_THR = x if x.dim() == 3 else x[:, None]
+    rotate(x_THR, cos_TF, sin_TF, interleaved)
     return x

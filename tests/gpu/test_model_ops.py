@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tidepool.common.wire import Sampling
-from tidepool.kernels import fp8
+from tidepool.kernels import fp8, norms
 from tidepool.kernels.block_fp8 import block_fp8_linear, dequantize_blocks
+from tidepool.kernels.rotate import rotate
 from tidepool.kernels.routed_experts import route_experts, routed_experts
 from tidepool.model.config import ModelConfig
 from tidepool.model.model import Model
@@ -250,6 +251,48 @@ def test_fp8_experts_are_near_the_exact_ones(tokens: int, experts: int) -> None:
     routed_experts(*arguments, want)
     routed_experts(*(a.cuda() for a in arguments), have)
     assert relative_error(have, want.float()) < 0.06
+
+
+# Norms, rotation, SwiGLU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 7168), (65, 512), (3, 130), (0, 64)])
+def test_norms_and_swiglu_are_the_references(dtype: torch.dtype, tokens: int, width: int) -> None:
+    x = torch.randn(tokens, width + 8).to(dtype)[:, 4 : 4 + width] * 3  # strided rows
+    weight, bias = torch.randn(width), torch.randn(width)
+    found = []
+    for device in ("cpu", "cuda"):
+        rows, scale = x.to(device), weight.to(dtype).to(device)
+        total = (x * 0.3 + 1).to(device)
+        outs = [torch.full_like(total, float("nan")) for _ in range(3)]
+        gated = torch.full((tokens, width // 2), float("nan"), dtype=dtype, device=device)
+        norms.rms_norm(rows, scale, 1e-6, outs[0])
+        norms.add_rms_norm(total, rows, scale, 1e-6, outs[1])
+        norms.layer_norm(rows, weight.to(device), bias.to(device), 1e-6, outs[2])
+        norms.swiglu(rows, gated)
+        found.append((*outs, total, gated))
+    tolerance = 1e-6 if dtype == torch.float32 else 6e-3
+    for have, want in zip(found[1], found[0], strict=True):
+        assert relative_error(have, want) < tolerance
+    assert torch.equal(found[1][3].cpu(), found[0][3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_interleaved", [True, False])
+@pytest.mark.parametrize(("tokens", "heads", "rope"), [(1, 128, 64), (33, 1, 16), (5, 7, 6)])
+def test_rotation_is_the_references_and_touches_nothing_else(
+    dtype: torch.dtype, is_interleaved: bool, tokens: int, heads: int, rope: int
+) -> None:
+    whole = torch.randn(tokens, heads, rope + 20).to(dtype)
+    angle = torch.randn(tokens, rope // 2) * 9
+    found = []
+    for device in ("cpu", "cuda"):
+        x = whole.to(device)
+        rotate(x[..., 20:], angle.cos().to(device), angle.sin().to(device), is_interleaved)
+        found.append(x.cpu())
+    assert torch.equal(found[1][..., :20], whole[..., :20])
+    assert relative_error(found[1], found[0]) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
 # The model
