@@ -226,7 +226,7 @@ _best_op = cpu_op(mutates=("best_B", "token_B"))(_best_tokens)
 _filter_op = cpu_op(mutates=("last_value_B", "last_id_B"))(_filter_tokens)
 _draw_op = cpu_op(mutates=("token_B",))(_draw_tokens)
 implement("best_tokens", cuda.best_tokens, "CUDA")
-implement("filter_tokens", _filter_tokens, "CUDA")
+implement("filter_tokens", cuda.filter_tokens, "CUDA")
 implement("draw_tokens", cuda.draw_tokens, "CUDA")
 
 

@@ -32,21 +32,28 @@ def _rotate_kernel(
     t = tl.program_id(0).to(tl.int64)
     h_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     f_F = tl.arange(0, BLOCK_F)
-    mask = (h_H < num_heads)[:, None] & (f_F < F)[None, :]
     cos_1F = tl.load(cos + t * cos_stride + f_F, mask=f_F < F, other=0.0)[None, :]
     sin_1F = tl.load(sin + t * sin_stride + f_F, mask=f_F < F, other=0.0)[None, :]
     head_H1 = x + t * stride_t + h_H[:, None].to(tl.int64) * stride_h
-    if IS_INTERLEAVED:
-        first_HF = head_H1 + (2 * f_F * stride_r)[None, :]
-        second_HF = first_HF + stride_r
+    is_head_H1 = (h_H < num_heads)[:, None]
+    dtype = x.dtype.element_ty
+    if IS_INTERLEAVED:  # pairs are loaded side by side
+        r_R = tl.arange(0, 2 * BLOCK_F)
+        at_HR = head_H1 + (r_R * stride_r)[None, :]
+        mask_HR = is_head_H1 & (r_R < 2 * F)[None, :]
+        value_HR = tl.load(at_HR, mask=mask_HR, other=0.0).to(tl.float32)
+        a_HF, b_HF = tl.split(tl.reshape(value_HR, (BLOCK_H, BLOCK_F, 2)))
+        pair_HF2 = tl.join(a_HF * cos_1F - b_HF * sin_1F, b_HF * cos_1F + a_HF * sin_1F)
+        turned_HR = tl.reshape(pair_HF2, (BLOCK_H, 2 * BLOCK_F))
+        tl.store(at_HR, turned_HR.to(dtype), mask=mask_HR)
     else:
         first_HF = head_H1 + (f_F * stride_r)[None, :]
         second_HF = first_HF + F * stride_r
-    a_HF = tl.load(first_HF, mask=mask, other=0.0).to(tl.float32)
-    b_HF = tl.load(second_HF, mask=mask, other=0.0).to(tl.float32)
-    dtype = x.dtype.element_ty
-    tl.store(first_HF, (a_HF * cos_1F - b_HF * sin_1F).to(dtype), mask=mask)
-    tl.store(second_HF, (b_HF * cos_1F + a_HF * sin_1F).to(dtype), mask=mask)
+        mask = is_head_H1 & (f_F < F)[None, :]
+        a_HF = tl.load(first_HF, mask=mask, other=0.0).to(tl.float32)
+        b_HF = tl.load(second_HF, mask=mask, other=0.0).to(tl.float32)
+        tl.store(first_HF, (a_HF * cos_1F - b_HF * sin_1F).to(dtype), mask=mask)
+        tl.store(second_HF, (b_HF * cos_1F + a_HF * sin_1F).to(dtype), mask=mask)
 
 
 def rotate(x_THR: Tensor, cos_TF: Tensor, sin_TF: Tensor, is_interleaved: bool) -> None:

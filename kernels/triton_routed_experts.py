@@ -337,9 +337,13 @@ def choose_tiles(num_pairs: int, num_experts: int, dtype: torch.dtype) -> tuple[
     rows = 16 if mean <= 8 else 32 if mean <= 24 else 64 if mean <= 64 else 128
     is_small = rows <= 32
     if dtype == torch.float8_e4m3fn:
-        stages = 4 if is_small else 3
-        tiles = Tiles(rows, 128, 128, 4 if is_small else 8, stages)
+        if mean > 256:
+            tiles = Tiles(128, 128, 128, 8, 3)
+        else:
+            tiles = Tiles(min(rows, 64), 128, 128, 4 if is_small else 8, 4)
         return tiles, tiles
+    if rows == 16:
+        return Tiles(16, 32, 128, 4, 5), Tiles(16, 64, 128, 4, 5)
     if is_small:
         return Tiles(rows, 64, 128, 4, 3), Tiles(rows, 128, 128, 4, 3)
     warps = 4 if rows == 64 else 8

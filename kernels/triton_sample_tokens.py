@@ -26,7 +26,7 @@ _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
-def _load_chunk(logits, banned, num_banned, chunk, vocab, CHUNK: tl.constexpr):
+def load_chunk(logits, banned, num_banned, chunk, vocab, CHUNK: tl.constexpr):
     """A chunk's ids int32 [V] and logits float32 [V], -inf at banned ids and behind the end."""
     id_V = chunk * CHUNK + tl.arange(0, CHUNK)
     logit_V = tl.load(logits + id_V, mask=id_V < vocab, other=float("-inf"))
@@ -62,7 +62,7 @@ def _best_chunks_kernel(
     chunk = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     num = tl.load(num_banned + b * num_banned_stride).to(tl.int32)
-    id_V, logit_V = _load_chunk(
+    id_V, logit_V = load_chunk(
         logits + b * logits_stride, banned + b * banned_stride, num, chunk, vocab, CHUNK
     )
     best, lowest = _best_of(logit_V, id_V, vocab)
@@ -123,7 +123,7 @@ def _draw_chunks_kernel(
     t = tl.load(temperature + b * temperature_stride)
     if (t >= _GREEDY_BELOW) & (tl.load(token + b * token_stride) >= 0):
         num = tl.load(num_banned + b * num_banned_stride).to(tl.int32)
-        id_V, logit_V = _load_chunk(
+        id_V, logit_V = load_chunk(
             logits + b * logits_stride, banned + b * banned_stride, num, chunk, vocab, CHUNK
         )
         value, token_id = 0.0, 0
@@ -182,7 +182,7 @@ def _draw_rows_kernel(
         chunk = tl.minimum(tl.min(tl.where(cdf_S > threshold, s_S, S), 0), last)
         before = tl.sum(tl.where(s_S == chunk, cdf_S - sum_S, 0.0), 0)
         num = tl.load(num_banned + b * num_banned_stride).to(tl.int32)
-        id_V, logit_V = _load_chunk(
+        id_V, logit_V = load_chunk(
             logits + b * logits_stride, banned + b * banned_stride, num, chunk, vocab, CHUNK
         )
         value, token_id = 0.0, 0
@@ -202,7 +202,7 @@ def best_tokens(
     batch, vocab = logits_BV.shape
     if not batch:
         return
-    logits_BV, banned_BN = _dense(logits_BV), _dense(banned_BN)
+    logits_BV, banned_BN = dense(logits_BV), dense(banned_BN)
     num_chunks = triton.cdiv(vocab, CHUNK)
     part_value = torch.empty((batch, num_chunks), dtype=torch.float32, device=logits_BV.device)
     part_id = torch.empty((batch, num_chunks), dtype=torch.int32, device=logits_BV.device)
@@ -249,7 +249,7 @@ def draw_tokens(
     batch, vocab = logits_BV.shape
     if not batch:
         return
-    logits_BV, banned_BN, best_B = _dense(logits_BV), _dense(banned_BN), best_B.contiguous()
+    logits_BV, banned_BN, best_B = dense(logits_BV), dense(banned_BN), best_B.contiguous()
     is_filtered = last_value_B is not None and last_id_B is not None
     last_value_B = best_B if last_value_B is None else last_value_B.contiguous()
     last_id_B = token_B if last_id_B is None else last_id_B.contiguous()
@@ -290,5 +290,5 @@ def draw_tokens(
     )
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ModelConfig
 from .context import AttentionContext
-from .layers import Matrix, layer_norm, linear
+from .layers import Matrix, layer_norm, linear, linear_fp32
 from .rope import apply_rope_
 from .weights import Weights
 
@@ -32,8 +31,8 @@ K_NORM_EPS = 1e-6
 
 
 def _project_and_scale_head_gates(x_TM: Tensor, weight_IM: Tensor) -> Tensor:
-    """x @ weights_proj, float32 in and out (weight is kept in float32), times I**-0.5: [T, I]."""
-    return F.linear(x_TM.float(), weight_IM) * weight_IM.shape[0] ** -0.5
+    """x @ weights_proj in float32 (weight: see WeightSource.exact), times I**-0.5: [T, I]."""
+    return linear_fp32(x_TM, weight_IM) * weight_IM.shape[0] ** -0.5
 
 
 def _get_logits_head_gate(
@@ -86,7 +85,7 @@ class Indexer:
             key_weight_DM=weights.matrix(prefix + "wk.weight"),
             key_norm_weight_D=weights.get(prefix + "k_norm.weight", torch.float32),
             key_norm_bias_D=weights.get(prefix + "k_norm.bias", torch.float32),
-            gate_weight_IM=weights.get(prefix + "weights_proj.weight", torch.float32),
+            gate_weight_IM=weights.exact(prefix + "weights_proj.weight"),
         )
 
     def __call__(

@@ -37,12 +37,11 @@ class LatentAttention:
     nope_dim: int
     norm_eps: float
     scale: float
-    q_a_QM: Matrix
+    compress: Matrix
+    """[Q + C + R, M]: W_DQ, then W_DKV."""
     q_norm_Q: Tensor
     q_b: Matrix
     """[H * (N + R), Q]"""
-    kv_a: Matrix
-    """[C + R, M]"""
     kv_norm_C: Tensor
     up_key_HNC: Tensor
     up_value_HVC: Tensor
@@ -69,10 +68,11 @@ class LatentAttention:
             nope_dim=config.qk_nope_head_dim,
             norm_eps=STRICT_NORM_EPS if strict_norm_eps else config.rms_norm_eps,
             scale=config.softmax_scale,
-            q_a_QM=weights.matrix(prefix + "q_a_proj.weight"),
+            compress=weights.fused(
+                prefix + "q_a_proj.weight", prefix + "kv_a_proj_with_mqa.weight"
+            ),
             q_norm_Q=weights.get(prefix + "q_a_layernorm.weight"),
             q_b=weights.matrix(prefix + "q_b_proj.weight"),
-            kv_a=weights.matrix(prefix + "kv_a_proj_with_mqa.weight"),
             kv_norm_C=weights.get(prefix + "kv_a_layernorm.weight"),
             up_key_HNC=kv_b[:, : config.qk_nope_head_dim].contiguous(),
             up_value_HVC=kv_b[:, config.qk_nope_head_dim :].contiguous(),
@@ -85,11 +85,13 @@ class LatentAttention:
     def __call__(
         self, x_TM: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
     ) -> Tensor:
-        q_latent_TQ = rms_norm(linear(x_TM, self.q_a_QM), self.q_norm_Q, self.norm_eps)
+        q_width = self.q_norm_Q.shape[0]
+        compressed_T = linear(x_TM, self.compress)
+        q_latent_TQ = rms_norm(compressed_T[:, :q_width], self.q_norm_Q, self.norm_eps)
         # First of all: what is selected may have to be fetched while the rest is computed.
         if self.indexer is not None:
             self.indexer(x_TM, q_latent_TQ, cos_TF, sin_TF, context)
-        self._store(x_TM, cos_TF, sin_TF, context)
+        self._store(compressed_T[:, q_width:], cos_TF, sin_TF, context)
         num_heads = self.up_key_HNC.shape[0]
         q_TH = linear(q_latent_TQ, self.q_b).unflatten(-1, (num_heads, -1))
         q_nope_THN, q_rope_THR = q_TH[..., : self.nope_dim], q_TH[..., self.nope_dim :]
@@ -100,10 +102,9 @@ class LatentAttention:
         return linear(out_HTV.transpose(0, 1).flatten(1), self.out)
 
     def _store(
-        self, x_TM: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
+        self, kv_T: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext
     ) -> None:
-        """Computes the pass's rows and hands them over: normed latent, rotated rope key."""
-        kv_T = linear(x_TM, self.kv_a)
+        """Hands the pass's rows over, from [T, C + R]: normed latent, rotated rope key."""
         latent_dim = self.kv_norm_C.shape[0]
         latent_TC = rms_norm(kv_T[:, :latent_dim], self.kv_norm_C, self.norm_eps)
         k_rope_TR = apply_rope_(kv_T[:, latent_dim:], cos_TF, sin_TF, interleaved=True)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.block_fp8 import BLOCK
 from .config import ModelConfig
 from .context import AttentionContext
 from .layers import GatedMlp, add_rms_norm_, linear_fp32, rms_norm
@@ -222,13 +223,14 @@ def _load_mlp(weights: WeightSource, prefix: str) -> GatedMlp:
 def _load_mixture(weights: WeightSource, config: ModelConfig, prefix: str) -> MixtureOfExperts:
     router = make_router(
         config,
-        weights.get(prefix + "gate.weight", torch.float32),
+        weights.exact(prefix + "gate.weight"),
         weights.get(prefix + "gate.e_score_correction_bias", torch.float32),
     )
     names = [f"{prefix}experts.{expert}." for expert in range(config.n_routed_experts)]
     gate_up = [(name + "gate_proj.weight", name + "up_proj.weight") for name in names]
     down = [(name + "down_proj.weight",) for name in names]
-    as_fp8 = weights.stays_fp8([name for group in gate_up + down for name in group])
+    as_fp8 = config.moe_intermediate_size % BLOCK == 0
+    as_fp8 = as_fp8 and all(weights.stays_fp8(group) for group in gate_up + down)
     gate_up_EFM, gate_up_scale_EPQ = weights.stacked(gate_up, as_fp8=as_fp8)
     down_EMF, down_scale_EPQ = weights.stacked(down, as_fp8=as_fp8)
     return MixtureOfExperts(

@@ -25,6 +25,7 @@ class Router:
     """Chooses experts by score + bias, weighs them by the score alone."""
 
     weight_EM: Tensor
+    """See WeightSource.exact: scores are float32."""
     bias_E: Tensor
     """float32: e_score_correction_bias decides who is chosen, never how much it counts."""
     num_groups: int

@@ -146,6 +146,9 @@ class RandomWeights(WeightSource):
         std = shape[1] ** -0.5 if len(shape) == 2 else 0.01
         return out.normal_(0, std, generator=self._generator)
 
+    def exact(self, name: str) -> Tensor:
+        return self.get(name, None if self.device.type == "cuda" else torch.float32)
+
     def is_fp8(self, name: str) -> bool:
         """What the FP8 releases quantise."""
         return _FP8_NAME.search(name) is not None

@@ -48,6 +48,13 @@ class WeightSource(ABC):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    @abstractmethod
+    def exact(self, name: str) -> Tensor:
+        """A tensor as it is stored, if that is the model's dtype and a GPU's; else float32.
+
+        For products that must be float32: a GPU has them of bfloat16 factors, without rounding.
+        """
+
     def matrix(self, name: str) -> Matrix:
         """Weight of a projection, for `layers.linear`."""
         return self.get_fp8(name) if self._keep_fp8 and self.is_fp8(name) else self.get(name)
@@ -88,7 +95,6 @@ class WeightSource(ABC):
         return weight, scale
 
     def stays_fp8(self, names: Sequence[str]) -> bool:
-        """All FP8, with rows in whole blocks of scales: they can stand one behind the other."""
-        return self._keep_fp8 and all(
-            self.is_fp8(name) and self.shape(name)[0] % BLOCK == 0 for name in names
-        )
+        """All FP8, and no block of scales over the edge between two of them."""
+        is_fp8 = self._keep_fp8 and all(self.is_fp8(name) for name in names)
+        return is_fp8 and all(self.shape(name)[0] % BLOCK == 0 for name in names[:-1])

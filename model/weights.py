@@ -137,6 +137,11 @@ class Weights(WeightSource):
             tensor = dequantize_blocks(tensor, scale, self._block)
         return tensor.to(dtype or self.dtype)
 
+    def exact(self, name: str) -> Tensor:
+        is_mixed = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        is_stored = self._checkpoint.header(name)[1] == "BF16"
+        return self.get(name, None if is_mixed and is_stored else torch.float32)
+
     def is_fp8(self, name: str) -> bool:
         shape, dtype = self._checkpoint.header(name)
         return dtype == _FP8_DTYPE and len(shape) == 2

@@ -19,6 +19,7 @@ from tidepool.kernels.block_fp8 import block_fp8_linear, dequantize_blocks
 from tidepool.kernels.rotate import rotate
 from tidepool.kernels.routed_experts import route_experts, routed_experts
 from tidepool.model.config import ModelConfig
+from tidepool.model.indexer import logits_head_gate
 from tidepool.model.model import Model
 from tidepool.model.output import OutputBuffers
 from tidepool.model.random_weights import published_config
@@ -90,6 +91,29 @@ def test_captured_sampling_chooses_the_references_tokens(
         buffers.fill(rows)
         graph.replay()
         assert torch.equal(tokens.cpu(), sampled_on_the_cpu(values, rows, kind))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_p": 0.9}, {"top_k": 5000}, {"top_k": 3000, "top_p": 0.999}, {"min_p": 1e-3}],
+    ids=str,
+)
+def test_filters_that_leave_thousands_of_tokens_are_exact(
+    spread: float, fields: dict[str, float]
+) -> None:
+    batch, vocab = 3, 20_000
+    values = (torch.randn(batch, vocab) * spread).bfloat16().float()
+    rows = [
+        SamplingRow(Sampling(max_tokens=9, seed=seed, **fields), seed, (5, 7, 9))  # type: ignore[arg-type]
+        for seed in range(batch)
+    ]
+    buffers = SamplingBuffers(batch, vocab, "cuda", max_banned=8)
+    tokens = torch.empty(batch, dtype=torch.int64, device="cuda")
+    for position in range(3):
+        moved_rows = [row._replace(position=position) for row in rows]
+        sample_into(values.cuda(), buffers, buffers.fill(moved_rows), tokens)
+        assert torch.equal(tokens.cpu(), sampled_on_the_cpu(values, moved_rows, "filtered"))
 
 
 def test_captured_logprobs_are_the_references() -> None:
@@ -213,8 +237,8 @@ def test_experts_equal_the_loop_over_them(case: ExpertsCase) -> None:
     assert torch.equal(again, have)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 16, 40, 130, 600])
-@pytest.mark.parametrize(("out", "width"), [(576, 384), (1536, 1024), (4224, 200), (8192, 128)])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 40, 129, 603])
+@pytest.mark.parametrize(("out", "width"), [(576, 7168), (1536, 1024), (4224, 200), (8192, 128)])
 def test_block_scaled_products_are_those_of_the_quantised_activations(
     tokens: int, out: int, width: int
 ) -> None:
@@ -288,7 +312,7 @@ def test_rotation_is_the_references_and_touches_nothing_else(
     angle = torch.randn(tokens, rope // 2) * 9
     found = []
     for device in ("cpu", "cuda"):
-        x = whole.to(device)
+        x = whole.to(device, copy=True)
         rotate(x[..., 20:], angle.cos().to(device), angle.sin().to(device), is_interleaved)
         found.append(x.cpu())
     assert torch.equal(found[1][..., :20], whole[..., :20])
@@ -353,6 +377,18 @@ def test_a_captured_step_answers_as_an_eager_one(name: str, fp8_weights: bool) -
             assert torch.equal(found[0], logits[0])
             assert torch.equal(found[1], tokens)
             assert held.std() > 0.1
+
+
+def test_compiled_head_gates_of_bfloat16_weights_are_float32() -> None:
+    x, weight = torch.randn(70, 512).bfloat16(), torch.randn(32, 512).bfloat16()
+    want = x.double() @ weight.double().t() * 32**-0.5 * 0.125
+    for tokens in (70, 1, 2):
+        with torch.inference_mode():
+            for compiled in (False, True):
+                gate = logits_head_gate(compiled=compiled)
+                have = gate(x[:tokens].cuda(), weight.cuda(), 0.125)
+                assert have.dtype == torch.float32
+                assert relative_error(have, want[:tokens]) < 1e-6
 
 
 def test_float32_on_the_gpu_is_the_cpu_to_rounding() -> None:

@@ -189,7 +189,7 @@ def test_fp8_weights_that_are_kept_have_the_size_of_the_file(fp8_folder):
     assert mixture.down_EMF.dtype == torch.float8_e4m3fn
     assert isinstance(mixture.shared.gate_up_FM, BlockFp8)
     attention = model.layers[0].attention
-    for matrix in (attention.q_a_QM, attention.q_b, attention.out):
+    for matrix in (attention.q_b, attention.out):
         assert isinstance(matrix, BlockFp8)
     assert attention.up_key_HNC.dtype == torch.float32
     ragged = model.layers[0].mlp.gate_up_FM
