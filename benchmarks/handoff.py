@@ -1,10 +1,13 @@
 """How fast does a prompt's KV go from a prefill process to a decode process?
 
     python benchmarks/handoff.py --out docs/reports
+    python benchmarks/handoff.py --device cuda --pool-pages 2048 --out docs/reports
+    python benchmarks/handoff.py --device cuda --pool-pages 2048 --path shared --out docs/reports
 
 Two processes on this machine with the hand-off as nodes run it (control loops, exporter, importer,
 movers, Mooncake over TCP) and no model. Prompts of TOKENS tokens of DeepSeek-V3.2's layout: --layers
-layers of KV rows (656 B, or 1152 B) and of indexer keys (132 B), in pages of 64 tokens.
+layers of KV rows (656 B, or 1152 B) and of indexer keys (132 B), in pages of 64 tokens. With --device
+cuda prefill's pages lie on a GPU; with --path shared decode's lie in a segment that prefill maps.
 
 * Rate: from the moment all pages are ready to the moment prefill knows that decode has verified
   them; GB/s, writes and bytes a write, with checksums and without, on the pages that a soak of the
@@ -31,19 +34,29 @@ import queue
 import random
 import socket
 import statistics
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tidepool.common import wire
 from tidepool.common.config import TransferSection
+from tidepool.deploy.keeping import find_or_start
+from tidepool.hostpool.mirror import HostMirror
 from tidepool.hostpool.pages import OwnerKind, PageAllocator, PageLease
+from tidepool.hostpool.segment import SharedSegment
+from tidepool.kernels.copy_blocks import BlockCopier
+from tidepool.prefill_node.borrowing import BorrowedMemory
+from tidepool.prefill_node.exporting import ComputedPages
 from tidepool.transfer.control import ControlLoop
 from tidepool.transfer.events import (
     ExportDone,
@@ -55,19 +68,41 @@ from tidepool.transfer.events import (
 )
 from tidepool.transfer.exporter import Exporter
 from tidepool.transfer.importer import Importer
+from tidepool.transfer.memory_copies import (
+    DEVICE_BATCH_BYTES,
+    MemoryTransport,
+    RoutedTransport,
+)
 from tidepool.transfer.mooncake import MooncakeTransport
 from tidepool.transfer.mover import Mover
 from tidepool.transfer.pages import plan_writes
-from tidepool.transfer.transport import TicketStatus, Write
+from tidepool.transfer.shared_paths import SharedPaths, machine_id
+from tidepool.transfer.transport import TicketStatus, Transport, Write
 
 HOST = "127.0.0.1"
 PAGE_SIZE, INDEX_TOKEN_BYTES = 64, 132
 TOKENS, LONG_TOKENS = 8192, 32768
-POOL_PAGES, SOURCE_PAGES, MAX_PROMPTS, SOAK_STEPS = 4096, 1024, 8, 6000
+MAX_PROMPTS, SOAK_STEPS = 8, 6000
 COMPUTE_SHARE = 1.3
 """A chunk's compute time, in transfer times of a chunk."""
 SOCKET_BYTES = 8 << 20
 TOKEN = wire.OutputToken(5)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured."""
+
+    layers: int
+    row_bytes: int
+    device: str
+    path: str
+    pool_pages: int
+    source_pages: int = 1024
+
+    @property
+    def page_bytes(self) -> dict[str, int]:
+        return {"kv": PAGE_SIZE * self.row_bytes, "index": PAGE_SIZE * INDEX_TOKEN_BYTES}
 
 
 @dataclass(frozen=True)
@@ -101,13 +136,13 @@ def probes(num_pages: int, max_live: int) -> Iterator[list[int]]:
             probe.release(OwnerKind.REQUEST)
 
 
-def soak() -> dict[str, tuple[list[int], list[int]]]:
+def soak(setup: Setup) -> dict[str, tuple[list[int], list[int]]]:
     """(source pages, target pages): one run, and what soaks of both pools leave.
 
     Decode's pool is full but for a request; prefill's holds at most MAX_PROMPTS prompts.
     """
-    source = sorted(probes(SOURCE_PAGES, MAX_PROMPTS), key=num_runs)
-    target = sorted(probes(POOL_PAGES, POOL_PAGES), key=num_runs)
+    source = sorted(probes(setup.source_pages, MAX_PROMPTS), key=num_runs)
+    target = sorted(probes(setup.pool_pages, setup.pool_pages), key=num_runs)
     plain = list(range(TOKENS // PAGE_SIZE))
     plans = {"one run": (plain, plain)}
     for name, share in (("median", 0.5), ("95th percentile", 0.95), ("worst", 1.0)):
@@ -121,28 +156,29 @@ def num_runs(pages: list[int]) -> int:
     return 1 + sum(b != a + 1 for a, b in itertools.pairwise(pages))
 
 
-def allocate(num_bytes: int) -> tuple[mmap.mmap, int]:
-    """Memory that is resident only where it is used."""
-    memory = mmap.mmap(-1, num_bytes)
-    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
 class End:
     """One node's side of the hand-off, without engines."""
 
-    def __init__(
-        self, role: wire.Role, layers: int, row_bytes: int, *, has_checksums: bool
-    ) -> None:
-        kv_page, index_page = PAGE_SIZE * row_bytes, PAGE_SIZE * INDEX_TOKEN_BYTES
-        self._memory, base = allocate(layers * POOL_PAGES * (kv_page + index_page))
-        self.regions = (
-            wire.Region("kv", base, layers, POOL_PAGES, kv_page),
-            wire.Region(
-                "index", base + layers * POOL_PAGES * kv_page, layers, POOL_PAGES, index_page
-            ),
-        )
-        self.transport = MooncakeTransport(HOST)
-        self.transport.register(base, layers * POOL_PAGES * (kv_page + index_page))
+    def __init__(self, role: wire.Role, setup: Setup, *, has_checksums: bool) -> None:
+        self.mirrors: tuple[HostMirror, ...] = ()
+        self.extra: dict[str, Any] = {}
+        shared = None
+        transport = MooncakeTransport(HOST)
+        if role == "prefill":
+            device = torch.device(setup.device)
+            copier = BlockCopier(device)
+            self.mirrors = self._prefill_pools(setup, device, copier)
+            memory = MemoryTransport()
+            if device.type == "cuda":
+                memory = MemoryTransport(copier.copy, DEVICE_BATCH_BYTES)
+            self.transport: Transport = RoutedTransport(transport, memory)
+            self.regions = tuple(mirror.region() for mirror in self.mirrors)
+        else:
+            self.transport = transport
+            self.regions, shared = self._decode_pools(setup)
+        for region in self.regions:
+            num_bytes = region.num_layers * region.num_pages * region.page_bytes
+            self.transport.register(region.base_address, num_bytes)
         self.config = TransferSection(checksums="on" if has_checksums else "off")
         self.control = ControlLoop(
             role,
@@ -151,8 +187,14 @@ class End:
             layout_hash="benchmark",
             data_address=self.transport.data_address,
             regions=self.regions,
+            shared=shared,
             config=self.config,
         )
+        if role == "prefill":
+            borrow = partial(BorrowedMemory, device=device)
+            self.paths = SharedPaths(machine_id(), borrow, self.control.post)
+            self.extra["paths"] = self.paths if setup.path == "shared" else None
+            self.extra["direct_regions"] = [mirror.device_region() for mirror in self.mirrors]
         self.mover = Mover(self.transport, self.config, self.control.post)
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         kind: Any = Exporter if role == "prefill" else Importer
@@ -163,9 +205,54 @@ class End:
             self.config,
             has_checksums=has_checksums,
             post_event=self.events.put,
+            **self.extra,
         )
         self.mover.start()
         self.control.start(self.side)
+
+    def _prefill_pools(
+        self, setup: Setup, device: torch.device, copier: BlockCopier
+    ) -> tuple[HostMirror, ...]:
+        mirrors = []
+        for name, page_bytes in setup.page_bytes.items():
+            num_bytes = setup.layers * setup.source_pages * page_bytes
+            if device.type == "cpu":
+                data = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+            else:
+                data = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            by_page = data.view(setup.layers, setup.source_pages, page_bytes)
+            mirrors.append(HostMirror(name, by_page, copier))  # type: ignore[arg-type]
+        return tuple(mirrors)
+
+    def _decode_pools(
+        self, setup: Setup
+    ) -> tuple[tuple[wire.Region, ...], wire.SharedMemory | None]:
+        sizes = {
+            name: setup.layers * setup.pool_pages * page_bytes
+            for name, page_bytes in setup.page_bytes.items()
+        }
+        segment = SharedSegment.create(sizes, identity="benchmark", what="benchmark")
+        self.memory = [segment.part(name) for name in sizes]
+        shared = None
+        if setup.path == "shared":
+            path = Path(tempfile.mkdtemp()) / "keeper"
+            self.link = find_or_start(path, idle_s=1.0, anchor_pid=os.getpid())
+            self.link.own(1.0)
+            self.link.hold(segment)
+            shared = wire.SharedMemory(machine_id(), str(path), tuple(sizes))  # type: ignore[arg-type]
+        regions = tuple(
+            wire.Region(name, memory.data_ptr(), setup.layers, setup.pool_pages, page_bytes)  # type: ignore[arg-type]
+            for memory, (name, page_bytes) in zip(
+                self.memory, setup.page_bytes.items(), strict=True
+            )
+        )
+        return regions, shared
+
+    def give(self, key: tuple[str, int], first: int, pages: list[int]) -> None:
+        """As a prefill node's hand-off does."""
+        is_on_device = self.mirrors[0].is_on_device
+        source = ComputedPages(self.mirrors) if is_on_device else None
+        self.side.pages_ready(key, first, pages, source)
 
     def wait_for(self, kind: type) -> Any:
         while not isinstance(event := self.events.get(timeout=60), kind):
@@ -173,9 +260,9 @@ class End:
         return event
 
 
-def serve_decode(pipe: Connection, layers: int, row_bytes: int, has_checksums: bool) -> None:
+def serve_decode(pipe: Connection, setup: Setup, has_checksums: bool) -> None:
     """The decode process: grants what the pipe says, and tells when a request is READY."""
-    end = End("decode", layers, row_bytes, has_checksums=has_checksums)
+    end = End("decode", setup, has_checksums=has_checksums)
     sink = socket.create_server((HOST, 0))
     threading.Thread(target=drain, args=(sink,), daemon=True).start()
     region = end.regions[0]
@@ -216,18 +303,20 @@ def drain(server: socket.socket) -> None:
 class Bench:
     """The prefill process, and what it knows of the other."""
 
-    def __init__(self, layers: int, row_bytes: int, *, has_checksums: bool) -> None:
+    def __init__(self, setup: Setup, *, has_checksums: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.peer = context.Process(
-            target=serve_decode, args=(theirs, layers, row_bytes, has_checksums)
-        )
+        self.peer = context.Process(target=serve_decode, args=(theirs, setup, has_checksums))
         self.peer.start()
-        self.end = End("prefill", layers, row_bytes, has_checksums=has_checksums)
+        self.end = End("prefill", setup, has_checksums=has_checksums)
         self.address, data_address, self.target, port = self.pipe.recv()
         self.channel = self.end.transport.open(data_address)
         self.socket = socket.create_connection((HOST, port))
         self.number = 0
+        if setup.path == "shared":
+            self.end.control.connect("decode", self.address)
+            while not self.end.paths.num_opened:
+                time.sleep(0.01)
         self.page_bytes = sum(each.num_layers * each.page_bytes for each in self.end.regions)
 
     def close(self) -> None:
@@ -252,7 +341,7 @@ class Bench:
         """Seconds until prefill knows that all pages are verified; all are ready at once."""
         key = self.offer(target_pages, len(source_pages) * PAGE_SIZE)
         begin = time.perf_counter()
-        self.end.side.pages_ready(key, 0, source_pages)
+        self.end.give(key, 0, source_pages)
         self.end.side.commit(key, TOKEN)
         self.end.wait_for(ExportDone)
         took = time.perf_counter() - begin
@@ -270,7 +359,7 @@ class Bench:
             if first:
                 time.sleep(compute_s)
             last_s = time.monotonic()
-            self.end.side.pages_ready(key, first, pages[first : first + chunk_pages])
+            self.end.give(key, first, pages[first : first + chunk_pages])
         self.end.side.commit(key, TOKEN)
         ready_s = self.pipe.recv()
         self.end.wait_for(ExportReleased)
@@ -315,15 +404,15 @@ class Bench:
         return (time.perf_counter() - begin) * num_bytes / (blocks * SOCKET_BYTES)
 
 
-def rates(layers: int, row_bytes: int, rounds: int) -> list[dict[str, Any]]:
+def rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
     """One entry for each kind of pages and of checksums."""
     rows: dict[Case, dict[str, Any]] = {}
-    plans = soak()
-    for has_checksums in (False, True):
-        bench = Bench(layers, row_bytes, has_checksums=has_checksums)
+    plans = soak(setup)
+    for has_checksums in (False, True) if setup.path == "wire" else (False,):
+        bench = Bench(setup, has_checksums=has_checksums)
         num_bytes = TOKENS // PAGE_SIZE * bench.page_bytes
         for name, (source, target) in plans.items():
-            touch(bench.end.regions, source)
+            touch(bench.end.mirrors, source)
             bench.send(source, target)
             bench.raw(num_bytes)
             ours, raw, plain = [], [], []
@@ -339,7 +428,7 @@ def rates(layers: int, row_bytes: int, rounds: int) -> list[dict[str, Any]]:
                 )
             ]
             rows[Case(name, has_checksums)] = {
-                "row_bytes": row_bytes,
+                **asdict(setup),
                 **asdict(Case(name, has_checksums)),
                 "runs": [num_runs(source), num_runs(target)],
                 "writes": len(writes),
@@ -360,20 +449,18 @@ def rates(layers: int, row_bytes: int, rounds: int) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def touch(regions: tuple[wire.Region, ...], pages: list[int]) -> None:
+def touch(mirrors: tuple[HostMirror, ...], pages: list[int]) -> None:
     """Gives each page of the source bytes of its own."""
-    for region in regions:
-        for layer in range(region.num_layers):
-            for page in pages:
-                at = region.base_address + (layer * region.num_pages + page) * region.page_bytes
-                ctypes.memset(at, (layer * 7 + page) % 255, region.page_bytes)
+    for mirror in mirrors:
+        for page in pages:
+            mirror._device_LPX[:, page] = page % 255
 
 
-def overlap(layers: int, row_bytes: int, chunk_tokens: int, rounds: int) -> dict[str, Any]:
+def overlap(setup: Setup, chunk_tokens: int, rounds: int) -> dict[str, Any]:
     """How long after the last chunk a long prompt is READY, in transfer times of a chunk."""
-    bench = Bench(layers, row_bytes, has_checksums=True)
+    bench = Bench(setup, has_checksums=setup.path == "wire")
     num_pages, chunk_pages = LONG_TOKENS // PAGE_SIZE, chunk_tokens // PAGE_SIZE
-    touch(bench.end.regions, list(range(num_pages)))
+    touch(bench.end.mirrors, list(range(num_pages)))
     bench.send_chunks(num_pages, chunk_pages, 0.0)
     tails = []
     for _ in range(rounds):
@@ -384,6 +471,7 @@ def overlap(layers: int, row_bytes: int, chunk_tokens: int, rounds: int) -> dict
     bench.close()
     ratio, tail_s, chunk_s = sorted(tails)[len(tails) // 2]
     return {
+        **asdict(setup),
         "chunk_tokens": chunk_tokens,
         "chunk_mb": chunk_pages * bench.page_bytes / 1e6,
         "chunk_ms": chunk_s * 1e3,
@@ -400,17 +488,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[656, 1152])
     parser.add_argument("--chunk", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--path", choices=("wire", "shared"), default="wire")
+    parser.add_argument("--pool-pages", type=int, default=4096)
     arguments = parser.parse_args()
     found: dict[str, Any] = {"rates": [], "overlap": []}
-    for row_bytes in arguments.rows:
-        found["rates"] += rates(arguments.layers, row_bytes, arguments.rounds)
+    layers, device, path = arguments.layers, arguments.device, arguments.path
+    setups = [
+        Setup(layers, row_bytes, device, path, arguments.pool_pages) for row_bytes in arguments.rows
+    ]
+    for setup in setups:
+        found["rates"] += rates(setup, arguments.rounds)
     for chunk_tokens in arguments.chunk:
-        row = overlap(arguments.layers, arguments.rows[0], chunk_tokens, arguments.rounds)
+        row = overlap(setups[0], chunk_tokens, arguments.rounds)
         print(json.dumps(row), flush=True)
         found["overlap"].append(row)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        stem = arguments.out / f"{date.today()}-handoff-cpu"
+        stem = arguments.out / f"{date.today()}-handoff-{device}-{path}"
         stem.with_suffix(".json").write_text(json.dumps(found))
 
 

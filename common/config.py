@@ -117,8 +117,10 @@ class TransferSection:
 
     protocol: Literal["tcp", "rdma", "loopback"] = "tcp"
     """Mooncake's protocol; loopback moves bytes inside one process (tests)."""
+    shared_memory: Literal["auto", "off"] = "auto"
+    """Prefill copies straight into the host pool of a decode node on its machine that keeps it in a segment; never where `checksums` is on. off: everything goes over the wire."""
     checksums: Literal["auto", "on", "off"] = "auto"
-    """Per-page checksums; auto: on over tcp."""
+    """Checksums of what is written, a layer of a chunk each; auto: on over tcp."""
     max_chunk_tries: int = 3
     """Times a chunk whose checksum differs is written before the attempt fails."""
     max_write_bytes: int = 16 * 1024 * 1024

@@ -81,6 +81,17 @@ class Region(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     page_bytes: int
 
 
+class SharedMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where processes of the same machine can map a node's regions instead of sending to them."""
+
+    machine: str
+    """Equal for two processes that see the same files and each other's process ids."""
+    keeper: str
+    """Path of the socket of the process that lends the memory."""
+    regions: tuple[Literal["kv", "index"], ...]
+    """Those that lie in it, each in a part of its name."""
+
+
 class PageRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Pages [first, first + count)."""
 
@@ -127,6 +138,7 @@ class Hello(Message, frozen=True, tag="hello"):
     data_address: str
     """Where the transport reaches this node's memory; empty if it takes no writes."""
     regions: tuple[Region, ...]
+    shared: SharedMemory | None = None
 
 
 class Goodbye(Message, frozen=True, tag="goodbye"):
@@ -171,6 +183,8 @@ class Offer(Message, frozen=True, tag="offer"):
     num_prompt_tokens: int
     sampling: Sampling
     front_id: str
+    is_shared: bool = False
+    """Prefill will copy into memory that both nodes map: no forced fence ends such a lease."""
 
 
 class Grant(Message, frozen=True, tag="grant"):

@@ -12,6 +12,7 @@ from ..common.step_loop import Engine, StepLoop
 from ..common.wire import Region
 from ..hostpool.keeper_link import KeeperLink
 from ..hostpool.mirror import HostMirror
+from ..kernels.copy_blocks import BlockCopier
 from ..model.runtime import load_runtime
 from ..transfer.control import ControlLoop
 from ..transfer.curve import cluster_keys
@@ -45,7 +46,7 @@ def _init_kv_manager(
     Page size and row layout are prefill's, so there is one way to send a page and no case for
     requests with a hot buffer.
     """
-    index = coordinator.index.mirror()
+    index = coordinator.index.mirror(BlockCopier(coordinator.index.data.device))
     transport = make_transport(config.transfer, bind_host)
     for tensor in (coordinator.host.rows, index.host_LPX):
         transport.register(tensor.data_ptr(), tensor.numel())

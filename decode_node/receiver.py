@@ -58,6 +58,10 @@ class Receiver:
         self._engine = engine
         self._geometry = geometry
         self._open: dict[int, Sequence] = {}
+        self._shared: set[int] = set()
+        """Leases whose writers copy into this node's memory: no fence but their death ends them."""
+        self._num_beyond_reach = 0
+        """Pages in quarantine under such leases."""
         self.bytes_received = 0
         engine.on_release = self._released
         engine.extra_stats = self._stats
@@ -74,8 +78,12 @@ class Receiver:
                 )
                 self._engine.fail(event.key, error, can_retry=True)
             case LeaseQuarantined():
-                self._engine.coordinator.quarantine(self._open[event.lease_id])
+                sequence = self._open[event.lease_id]
+                self._engine.coordinator.quarantine(sequence)
+                if event.lease_id in self._shared:
+                    self._num_beyond_reach += sequence.host_lease.num_pages
             case LeaseEnded():
+                self._end_shared(event.lease_id)
                 self._engine.coordinator.end_remote_lease(self._open.pop(event.lease_id))
             case _:
                 return False
@@ -84,7 +92,8 @@ class Receiver:
     def step(self) -> bool:
         """Too many pages wait for writers that are lost: the node ends their reach itself."""
         pages = self._engine.coordinator.host.pages
-        if pages.num_quarantined > self._max_quarantine_share * pages.num_total:
+        num_within_reach = pages.num_quarantined - self._num_beyond_reach
+        if num_within_reach > self._max_quarantine_share * pages.num_total:
             share = f"{pages.num_quarantined} of {pages.num_total} pages"
             self._fence.request(f"{share} are in quarantine")
         return False
@@ -103,6 +112,14 @@ class Receiver:
             self._importer.defer(key, RETRY_AFTER_S)
             return
         self._pre_alloc(sequence)
+        if offer.is_shared and sequence.lease_id is not None:
+            self._shared.add(sequence.lease_id)
+
+    def _end_shared(self, lease_id: int) -> None:
+        if lease_id in self._shared:
+            self._shared.remove(lease_id)
+            lease = self._open[lease_id].host_lease
+            self._num_beyond_reach -= lease.num_pages if lease.is_quarantined else 0
 
     def _pre_alloc(self, sequence: Sequence) -> None:
         """Grants the prompt's whole pages before prefill computes: promised and held in one turn."""
@@ -142,6 +159,8 @@ class Receiver:
         return {
             "bytes_received": self.bytes_received,
             "open_leases": len(self._open),
+            "shared_leases": len(self._shared),
+            "quarantined_beyond_reach": self._num_beyond_reach,
             "data_fences": self._fence.num_fences,
             "data_fences_failed": self._fence.num_failed,
             "last_data_fence_ms": self._fence.last_ms,

@@ -11,7 +11,7 @@ import torch
 
 from ..common.layouts import KvGeometry
 from .memory import HostMemory, allocate, poison_pages
-from .mirror import HostMirror
+from .mirror import Copier, HostMirror
 from .pages import PageAllocator
 
 
@@ -43,10 +43,13 @@ class DevicePool:
             geometry.num_index_layers, num_pages, geometry.index_page_bytes
         )
 
-    def mirrors(self) -> tuple[HostMirror, HostMirror]:
-        """Where the transfer reads: "kv", then "index". Allocates; call once."""
+    def mirrors(self, copier: Copier | None = None) -> tuple[HostMirror, HostMirror]:
+        """Where the transfer reads: "kv", then "index". Allocates; call once.
+
+        `copier`: needed unless the pool is on the CPU.
+        """
         by_page = self.rows.view(self.geometry.num_layers, self.pages.num_total, -1)
-        return HostMirror("kv", by_page), HostMirror("index", self.index)
+        return HostMirror("kv", by_page, copier), HostMirror("index", self.index, copier)
 
     def poison(self, pages: list[int]) -> None:
         """Overwrites pages in every layer, rows and indexer keys, with NaN bytes."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common.layouts import KvGeometry
 from .memory import HostMemory, adopt_host, allocate, poison_pages
-from .mirror import HostMirror
+from .mirror import Copier, HostMirror
 from .pages import PageAllocator
 
 
@@ -51,9 +51,12 @@ class IndexPool:
         """Bytes of the keys of `num_pages` pages, all index layers."""
         return geometry.num_index_layers * num_pages * geometry.index_page_bytes
 
-    def mirror(self) -> HostMirror:
-        """Where peers write: every page of every index layer. Allocates; call once."""
-        return HostMirror("index", self.data, memory=self._mirror_memory)
+    def mirror(self, copier: Copier | None = None) -> HostMirror:
+        """Where peers write: every page of every index layer. Allocates; call once.
+
+        `copier`: needed unless the pool is on the CPU.
+        """
+        return HostMirror("index", self.data, copier, memory=self._mirror_memory)
 
     def poison(self, pages: list[int]) -> None:
         """Overwrites pages in every index layer with bytes that are NaN in each layout."""

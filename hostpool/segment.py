@@ -144,6 +144,14 @@ class SharedSegment:
             self._memory, dtype=torch.uint8, count=part.num_bytes, offset=part.offset
         )
 
+    def map_part(self, name: str) -> Tensor:
+        """As `part`, in a mapping of its own: the rest of the segment is out of its reach."""
+        part = self._find(name)
+        if part.num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        memory = mmap.mmap(self.descriptor, part.num_bytes, offset=part.offset)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
     def view(self, name: str) -> memoryview:
         """The part as writable bytes."""
         part = self._find(name)

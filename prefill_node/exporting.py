@@ -6,7 +6,10 @@ I/O thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
 
 from ..common.wire import OutputToken
 from ..hostpool.mirror import HostMirror
@@ -25,15 +28,37 @@ from .handoff import HandoffFailed, HandoffGranted, HandoffReleased, HandoffUnqu
 from .job import Job
 
 
+class ComputedPages:
+    """Implements transfer.jobs.PageSource: pages that are final once the step's stream is here.
+
+    Made on the step thread behind the chunk that computes them; asked on the mover's.
+    """
+
+    def __init__(self, mirrors: Sequence[HostMirror]) -> None:
+        self._mirrors = mirrors
+        self._computed: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._computed.record()
+
+    def stage(self, pages: Sequence[int]) -> Callable[[], bool]:
+        ends = [mirror.to_host(pages, self._computed) for mirror in self._mirrors]
+        return lambda: all(has_ended() for has_ended in ends)
+
+    def settle(self) -> Callable[[], bool]:
+        has_happened: Callable[[], bool] = self._computed.query
+        return has_happened
+
+
 class RemoteHandoff:
     """Implements handoff.Handoff over an Exporter, and is the step loop's engine for its events.
 
-    `mirrors`: of the device pool; pages are copied there before the exporter may send them.
+    `mirrors`: of the device pool; pages are copied there, or straight to a peer's memory, once the
+    step that computes them has ended on the device. Nothing here waits for it.
     """
 
     def __init__(self, exporter: Exporter, mirrors: Iterable[HostMirror]) -> None:
         self._exporter = exporter
         self._mirrors = tuple(mirrors)
+        self._is_on_device = not all(mirror.is_device for mirror in self._mirrors)
         self._engine: PrefillEngine | None = None
 
     def serve(self, engine: PrefillEngine) -> None:
@@ -57,9 +82,8 @@ class RemoteHandoff:
         )
 
     def pages_ready(self, job: Job, first_page: int, pages: list[int]) -> None:
-        for mirror in self._mirrors:
-            mirror.to_host(pages)
-        self._exporter.pages_ready(job.key, first_page, pages)
+        source = ComputedPages(self._mirrors) if self._is_on_device else None
+        self._exporter.pages_ready(job.key, first_page, pages, source)
 
     def commit(
         self, job: Job, first_token: OutputToken, warm_positions: tuple[tuple[int, ...], ...]

@@ -91,6 +91,7 @@ class ControlLoop:
         layout_text: str = "",
         data_address: str = "",
         regions: tuple[wire.Region, ...] = (),
+        shared: wire.SharedMemory | None = None,
         config: TransferSection | None = None,
         clock: Clock | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
@@ -113,6 +114,7 @@ class ControlLoop:
             layout_text=layout_text,
             data_address=data_address,
             regions=regions,
+            shared=shared,
         )
         self._config = config or TransferSection()
         self._on_fatal = on_fatal

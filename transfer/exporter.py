@@ -17,7 +17,7 @@ from ..common import wire
 from ..common.config import TransferSection
 from ..common.errors import InvariantError, ProtocolError
 from .events import ExportEvent, ExportRequest, Key
-from .jobs import WriteJob, WriteResult
+from .jobs import PageSource, Stage, WriteJob, WriteResult
 from .outbound import (
     Action,
     CancelRequested,
@@ -39,6 +39,7 @@ from .outbound import (
 )
 from .pages import check_regions, check_runs, expand, layer_parts, plan_writes
 from .session import Control, Peer
+from .shared_paths import SharedPath, SharedPaths
 from .transport import TicketStatus
 
 LeaseName = tuple[str, int, int]
@@ -62,6 +63,9 @@ class _Transfer:
         self.machine = machine
         self.peer: Peer | None = None
         self.lease: LeaseName | None = None
+        self.path: SharedPath | None = None
+        self.decided_for = 0
+        """The epoch of decode for which `path` was chosen, for good."""
         self.target_pages: dict[str, list[int]] = {}
 
 
@@ -75,6 +79,8 @@ class Exporter:
             means the same page in both.
         has_checksums: whether pages are hashed before they are written.
         post_event: gets each event; thread-safe, never blocks.
+        paths: to memory of peers on the same machine; None: everything goes over the wire.
+        direct_regions: where pages are computed, for copies that need no staging; default: `regions`.
     """
 
     def __init__(
@@ -86,10 +92,15 @@ class Exporter:
         *,
         has_checksums: bool,
         post_event: Callable[[ExportEvent], None],
+        paths: SharedPaths | None = None,
+        direct_regions: Sequence[wire.Region] | None = None,
     ) -> None:
+        self._paths = paths
+        direct = regions if direct_regions is None else direct_regions
+        self._direct_regions: dict[str, wire.Region] = {region.name: region for region in direct}
         self._control = control
         self._mover = mover
-        self._regions = {region.name: region for region in regions}
+        self._regions: dict[str, wire.Region] = {region.name: region for region in regions}
         self._config = config
         self._has_checksums = has_checksums
         self._post_event = post_event
@@ -105,14 +116,21 @@ class Exporter:
         """Asks decode for room, again and again until it answers or `deadline_s` is over."""
         self._control.post(lambda: self._offer(request))
 
-    def pages_ready(self, key: Key, first_page: int, source_pages: Sequence[int]) -> None:
-        """Prompt pages from `first_page` on are final in these source pages; in order, no gaps.
+    def pages_ready(
+        self,
+        key: Key,
+        first_page: int,
+        source_pages: Sequence[int],
+        source: PageSource | None = None,
+    ) -> None:
+        """Prompt pages from `first_page` on are in these source pages; in order, no gaps.
 
-        May be called before the grant. Ignored once the transfer has failed.
+        They are final, or `source` makes them so. May be called before the grant. Ignored once the
+        transfer has failed.
         """
         size = self._max_chunk_pages
         pieces = [
-            PagesReady(first_page + at, tuple(source_pages[at : at + size]))
+            PagesReady(first_page + at, tuple(source_pages[at : at + size]), source)
             for at in range(0, len(source_pages), size)
         ]
         self._control.post(lambda: self._commands(key, pieces))
@@ -148,8 +166,18 @@ class Exporter:
         transfer = _Transfer(Outbound(request, self._config, self._control.clock))
         self._transfers[request.key] = transfer
         self._control.connect(request.decode_id, request.decode_address)
-        if request.decode_id in self._up:
+        peer = self._up.get(request.decode_id)
+        if peer is not None:
+            self._choose_path(transfer, peer)
             self._advance(transfer, PeerUp())
+
+    def _choose_path(self, transfer: _Transfer, peer: Peer) -> None:
+        """Before the first offer to an incarnation, and never again for it."""
+        is_open = transfer.machine.state is OutboundState.OFFERED
+        if self._paths is not None and is_open and transfer.decided_for != peer.epoch:
+            transfer.decided_for = peer.epoch
+            transfer.path = self._paths.find(peer.node_id, peer.epoch)
+            transfer.machine.is_shared = transfer.path is not None
 
     def _commands(self, key: Key, events: Sequence[Event]) -> None:
         for event in events:
@@ -171,6 +199,8 @@ class Exporter:
         """A decode node that tells another address has closed the one before."""
         for transfer in self._with(peer.node_id):
             old = transfer.peer
+            if transfer.path is not None:
+                continue  # a copy is not stopped by closing an address
             if old is not None and old.hello.data_address != peer.hello.data_address:
                 self._advance(transfer, TargetFenced(f"{peer.node_id} has a new data address"))
 
@@ -178,9 +208,12 @@ class Exporter:
 
     def on_peer_up(self, peer: Peer) -> None:
         self._up[peer.node_id] = peer
+        if self._paths is not None:
+            self._paths.meet(peer)
         self._fence(peer.node_id, peer.epoch - 1)
         self._see_data_address(peer)
         for transfer in self._with(peer.node_id):
+            self._choose_path(transfer, peer)
             self._advance(transfer, PeerUp())
 
     def on_peer_down(self, peer: Peer, reason: str) -> None:
@@ -197,6 +230,14 @@ class Exporter:
                 self._advance(transfer, CancelRequested(refusal))
             else:
                 self._advance(transfer, Tick())
+        if self._paths is not None:
+            live = {(peer.node_id, peer.epoch) for peer in self._up.values()}
+            used = {
+                each.path
+                for each in self._transfers.values()
+                if each.path is not None and each.machine.state is not OutboundState.OFFERED
+            }
+            self._paths.close_unused(live, used)
 
     def on_message(self, peer: Peer, message: wire.Message) -> bool:
         if peer.role == "front":
@@ -226,6 +267,9 @@ class Exporter:
             self._disown(peer, grant.lease_id, (grant.request_id, grant.attempt))
         elif transfer.machine.state is not OutboundState.OFFERED:
             self._advance(transfer, grant)
+        elif transfer.path is not None and not transfer.path.is_open:
+            self._disown(peer, grant.lease_id, transfer.machine.request.key)
+            self._advance(transfer, CancelRequested(f"the memory of {peer.node_id} was unmapped"))
         else:
             try:
                 transfer.target_pages = self._target_pages(peer, grant)
@@ -308,35 +352,49 @@ class Exporter:
 
     def _start_write(self, transfer: _Transfer, action: StartWrite) -> None:
         assert transfer.peer is not None
-        theirs = {region.name: region for region in transfer.peer.hello.regions}
+        path, source = transfer.path, action.source
+        theirs: dict[str, wire.Region]
+        stage: Stage | None = None
+        if path is None:
+            own, address = self._regions, transfer.peer.hello.data_address
+            theirs = {region.name: region for region in transfer.peer.hello.regions}
+            if source is not None:
+                stage = partial(source.stage, action.source_pages)
+        else:
+            own, address, theirs = self._direct_regions, path.data_address, path.regions
+            if source is not None:
+                stage = source.settle
         first, count = action.first_page, len(action.source_pages)
         writes = [
             write
             for name, pages in transfer.target_pages.items()
             for write in plan_writes(
-                self._regions[name],  # type: ignore[index]
-                theirs[name],  # type: ignore[index]
+                own[name],
+                theirs[name],
                 action.source_pages,
                 pages[first : first + count],
                 self._config.max_write_bytes,
             )
         ]
-        own = [(self._regions[name], action.source_pages) for name in transfer.target_pages]  # type: ignore[index]
-        parts = layer_parts(own) if self._has_checksums else []
+        is_hashed = self._has_checksums and path is None
+        sources = [(own[name], action.source_pages) for name in transfer.target_pages]
         on_end = partial(self._on_write_end, transfer, action.sequence, action.tries)
         self._mover.write(
             WriteJob(
                 owner=transfer.machine.request.key,
-                peer_data_address=transfer.peer.hello.data_address,
+                peer_data_address=address,
                 writes=writes,
-                parts=parts,
+                parts=layer_parts(sources) if is_hashed else [],
                 on_end=on_end,
+                stage=stage,
             )
         )
 
     def _on_write_end(
         self, transfer: _Transfer, sequence: int, tries: int, result: WriteResult
     ) -> None:
-        if result.status is not TicketStatus.DONE and transfer.peer is not None:
+        if transfer.path is not None:
+            transfer.path.is_doubtful |= result.status is TicketStatus.FAILED_UNKNOWN
+        elif result.status is not TicketStatus.DONE and transfer.peer is not None:
             self._mover.forget(transfer.peer.hello.data_address)
         self._advance(transfer, WriteEnded(sequence, tries, result))

@@ -54,11 +54,15 @@ class VerifyMover(Protocol):
 class _Lease:
     """A machine, its writer and its pages."""
 
-    def __init__(self, machine: Inbound, peer: Peer, pages: dict[str, list[int]]) -> None:
+    def __init__(
+        self, machine: Inbound, peer: Peer, pages: dict[str, list[int]], *, is_shared: bool
+    ) -> None:
         self.machine = machine
         self.peer = peer
         self.pages = pages
         self.was_ready = False
+        self.is_shared = is_shared
+        """Its writer copies into memory that it maps: only its word or its death ends the lease."""
         self.orphan_since_s: float | None = None
         """When its writer was replaced; it ends with the proof that it is dead, or `end_all`."""
 
@@ -100,6 +104,8 @@ class Importer:
         self._lease_ids = itertools.count(1)
         self._undecided: dict[Key, Peer | None] = {}
         """Offers posted to the node, whose answer is under way; None: withdrawn since."""
+        self._shared: set[Key] = set()
+        """Those of them that will be copied into shared memory."""
         self._leases: dict[int, _Lease] = {}
         self._by_key: dict[Key, _Lease] = {}
         self._past: OrderedDict[Key, wire.Refuse] = OrderedDict()
@@ -149,10 +155,11 @@ class Importer:
     def end_all(self, reason: str) -> None:
         """Nobody can write any more through the data address all leases were granted under.
 
-        I/O thread only; no grant may follow before peers have been told another address.
+        Leases whose writers copy into shared memory go on: no address leads there. I/O thread only; no grant may follow before peers have been told another address.
         """
         for lease in list(self._leases.values()):
-            self._advance(lease, WriterFenced(reason))
+            if not lease.is_shared:
+                self._advance(lease, WriterFenced(reason))
 
     @property
     def num_receiving(self) -> int:
@@ -176,6 +183,8 @@ class Importer:
         if key not in self._undecided:
             raise InvariantError(f"{key} is granted without an offer, or twice")
         peer = self._undecided.pop(key)
+        is_shared = key in self._shared
+        self._shared.discard(key)
         if peer is None:
             reason = "the offer was withdrawn, or its node is gone"
             self._post_event(ImportFailed(key, grant.lease_id, reason))
@@ -186,23 +195,25 @@ class Importer:
         machine = Inbound(
             grant,
             num_pages,
-            num_checksums if self._has_checksums else 0,
+            num_checksums if self._has_checksums and not is_shared else 0,
             self._config,
             self._control.clock,
         )
-        lease = _Lease(machine, peer, pages)
+        lease = _Lease(machine, peer, pages, is_shared=is_shared)
         self._leases[grant.lease_id] = self._by_key[key] = lease
         for action in machine.begin():
             self._execute(lease, action)
 
     def _defer(self, key: Key, retry_after_s: float) -> None:
         peer = self._undecided.pop(key, None)
+        self._shared.discard(key)
         if peer is not None:
             self._control.send(peer.node_id, wire.Defer(*key, retry_after_s))
 
     def _refuse(self, refuse: wire.Refuse) -> None:
         key = (refuse.request_id, refuse.attempt)
         peer = self._undecided.pop(key, None)
+        self._shared.discard(key)
         if peer is not None:
             self._remember(key, refuse)
             self._control.send(peer.node_id, refuse)
@@ -255,7 +266,8 @@ class Importer:
         num_orphans = 0
         for lease in list(self._leases.values()):
             since_s = lease.orphan_since_s
-            num_orphans += since_s is not None and now_s - since_s >= self._proof_wait_s
+            is_orphan = since_s is not None and now_s - since_s >= self._proof_wait_s
+            num_orphans += is_orphan and not lease.is_shared
             self._advance(lease, LeaseTick())
         if num_orphans and self._end_reach is not None:
             self._end_reach(f"writers of {num_orphans} leases were replaced, and may be alive")
@@ -287,6 +299,7 @@ class Importer:
         else:
             is_new = key not in self._undecided
             self._undecided[key] = peer
+            (self._shared.add if offer.is_shared else self._shared.discard)(key)
             if is_new:
                 self._post_event(OfferArrived(peer, offer))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from .checksum import Segment
 from .transport import TicketStatus, Write
@@ -14,6 +15,22 @@ Part = Sequence[Segment]
 Stage = Callable[[], Callable[[], bool]]
 """Starts what must happen before a job's bytes may be read, without waiting for it; what it returns
 tells, without waiting, whether it has happened. Both are called on the mover's thread."""
+
+
+class PageSource(Protocol):
+    """Pages that a device is still computing, or that lie where the transport cannot read.
+
+    Both calls start something, and return what tells without waiting whether it has ended; they are
+    made on the mover's thread.
+    """
+
+    def stage(self, pages: Sequence[int]) -> Callable[[], bool]:
+        """The pages' bytes are final in the exporter's regions."""
+        ...
+
+    def settle(self) -> Callable[[], bool]:
+        """The pages' bytes are final where they are computed: in the exporter's direct regions."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,8 @@ _SLOW_POLL_S = 0.05
 """While only a peer that does not answer is waited for."""
 _SLICE_BYTES = 1024 * 1024
 """Hashed between two looks at what is in flight: about 0.1 ms."""
-_BATCH_BYTES = 1024 * 1024
-"""Small writes are submitted together up to so many bytes: one ticket, one look at it."""
 _MAX_JOBS = 65536
+_NO_LIMIT = 1 << 30
 
 
 @dataclass(slots=True, eq=False)
@@ -211,6 +210,9 @@ class Mover:
                 yield head
 
     def _room(self, address: str) -> int:
+        channel = self._channels.get(address)
+        if isinstance(channel, Channel) and not channel.is_limited:
+            return _NO_LIMIT
         return self._config.max_writes_in_flight - self._num_in_flight.get(address, 0)
 
     def _take_inbox(self) -> list[Callable[[], None]]:
@@ -302,7 +304,7 @@ class Mover:
             del self._channels[address]
             task.fail(TicketStatus.FAILED_DRAINED, str(channel))
             return
-        writes = self._next_batch(task, self._room(address))
+        writes = self._next_batch(task, self._room(address), channel)
         if writes:
             ticket = self._transport.submit(channel, writes)
             deadline_s = self._clock.now() + self._config.write_timeout_s
@@ -312,13 +314,15 @@ class Mover:
             self._num_in_flight[address] = in_flight + len(writes)
             self.bytes_written += sum(write.num_bytes for write in writes)
 
-    def _next_batch(self, task: _Writing, max_writes: int) -> list[Write]:
+    def _next_batch(self, task: _Writing, room: int, channel: Channel) -> list[Write]:
+        share = -(-self._config.max_writes_in_flight // 4)
+        max_writes = min(room, share) if channel.is_limited else room
         batch: list[Write] = []
         num_bytes = 0
         for write in task.job.writes[task.num_submitted : task.num_submitted + max_writes]:
             batch.append(write)
             num_bytes += write.num_bytes
-            if num_bytes >= _BATCH_BYTES or 4 * len(batch) >= self._config.max_writes_in_flight:
+            if num_bytes >= channel.batch_bytes:
                 break
         return batch
 

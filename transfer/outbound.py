@@ -39,7 +39,7 @@ from .events import (
     ExportRequest,
     ExportUnquarantined,
 )
-from .jobs import WriteResult
+from .jobs import PageSource, WriteResult
 from .transport import TicketStatus
 
 
@@ -61,6 +61,8 @@ class OutboundState(enum.Enum):
 class PagesReady:
     first_page: int
     source_pages: tuple[int, ...]
+    source: PageSource | None = None
+    """What makes them final; None: they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ class StartWrite:
     tries: int
     first_page: int
     source_pages: tuple[int, ...]
+    source: PageSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +176,7 @@ class _Chunk:
     sequence: int
     first_page: int
     source_pages: tuple[int, ...]
+    source: PageSource | None
     state: _ChunkState = _ChunkState.WAITING
     tries: int = 0
     checksums: tuple[int, ...] = ()
@@ -192,6 +196,8 @@ class Outbound:
     chunks: list[_Chunk] = field(default_factory=list)
     num_in_flight: int = 0
     has_unknown: bool = False
+    is_shared: bool = False
+    """Written through memory that both processes map; set before the offer, then fixed."""
     _is_fenced: bool = False
     """Nothing that was or will be written under the lease can land."""
     _is_peer_up: bool = False
@@ -260,6 +266,7 @@ class Outbound:
                 num_prompt_tokens=request.num_prompt_tokens,
                 sampling=request.sampling,
                 front_id=request.front_id,
+                is_shared=self.is_shared,
             )
         )
 
@@ -271,7 +278,9 @@ class Outbound:
                 f"{self.request.key}: {len(event.source_pages)} pages at {event.first_page} "
                 f"after {self.num_pages} pages" + (" and the commit" if self._commit else "")
             )
-        self.chunks.append(_Chunk(len(self.chunks), event.first_page, event.source_pages))
+        self.chunks.append(
+            _Chunk(len(self.chunks), event.first_page, event.source_pages, event.source)
+        )
 
     def _on_pages(self, event: PagesReady) -> None:
         self._buffer_pages(event)
@@ -291,7 +300,9 @@ class Outbound:
         chunk.tries += 1
         self.num_in_flight += 1
         self._actions.append(
-            StartWrite(chunk.sequence, chunk.tries, chunk.first_page, chunk.source_pages)
+            StartWrite(
+                chunk.sequence, chunk.tries, chunk.first_page, chunk.source_pages, chunk.source
+            )
         )
 
     def _on_write_ended(self, event: WriteEnded) -> None:

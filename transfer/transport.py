@@ -24,11 +24,21 @@ class Write:
     num_bytes: int
 
 
+BATCH_BYTES = 1024 * 1024
+
+
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A way to one peer."""
+    """A way to one peer.
+
+    Attributes:
+        batch_bytes: writes are submitted together up to so many bytes: one ticket, one look at it.
+        is_limited: whether writes in flight count against `max_writes_in_flight`.
+    """
 
     peer_data_address: str
+    batch_bytes: int = BATCH_BYTES
+    is_limited: bool = True
 
 
 class Ticket:

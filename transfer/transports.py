@@ -15,6 +15,11 @@ def make_transport(config: TransferSection, host: str) -> Transport:
     return MooncakeTransport(host, config.protocol)
 
 
+def may_share(config: TransferSection) -> bool:
+    """Whether nodes of one machine may copy instead of sending: not where all bytes are hashed."""
+    return config.shared_memory == "auto" and config.checksums != "on"
+
+
 def has_checksums(config: TransferSection) -> bool:
     """Whether pages are hashed before the write and verified after it; auto: over tcp."""
     if config.checksums == "auto":

@@ -1,9 +1,10 @@
-"""Plain memory with an address, for tests of transports: no torch, no numpy."""
+"""Plain memory with an address, for tests of transports: and parts of segments."""
 
 from __future__ import annotations
 
 import ctypes
 import random
+from typing import Any
 
 from tidepool.common.wire import Region
 
@@ -34,3 +35,12 @@ def make_region(
 ) -> Region:
     assert memory.num_bytes >= num_layers * num_pages * page_bytes
     return Region(name, memory.address, num_layers, num_pages, page_bytes)  # type: ignore[arg-type]
+
+
+class SegmentMemory(Memory):
+    """A part of a SharedSegment."""
+
+    def __init__(self, segment: Any, name: str) -> None:
+        self.data = segment.part(name)
+        self.address = self.data.data_ptr()
+        self.num_bytes = self.data.numel()

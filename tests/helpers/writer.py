@@ -1,17 +1,20 @@
 """A prefill's side of the hand-off as a process of its own, to be stopped and killed by tests.
 
-    python -m helpers.writer NODE_ID EPOCH DECODE_ADDRESS SEED
+    python -m helpers.writer NODE_ID EPOCH DECODE_ADDRESS SEED [shared]
 
-Offers prompts of random sizes without end; every byte of request "NODE.EPOCH.n" is its tag. Source
+With "shared" it copies into decode's memory where it can map it. Offers prompts of random sizes without end; every byte of request "NODE.EPOCH.n" is its tag. Source
 pages are used again, under another tag, as soon as the exporter allows.
 """
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
+import threading
 import time
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from helpers.memory import Memory, make_region
@@ -20,13 +23,16 @@ from tidepool.common.config import TransferSection
 from tidepool.transfer import events
 from tidepool.transfer.control import ControlLoop
 from tidepool.transfer.exporter import Exporter
+from tidepool.transfer.memory_copies import Block, MemoryTransport, RoutedTransport
 from tidepool.transfer.mooncake import MooncakeTransport
 from tidepool.transfer.mover import Mover
+from tidepool.transfer.shared_paths import SharedPaths, machine_id
 
 TAGS = range(1, 251)
 POISON = 0xFB
 LAYERS, PAGES, PAGE_BYTES, INDEX_BYTES = 2, 48, 1024 * 1024, 16 * 1024
 MAX_PROMPT_PAGES = 8
+PIECE_BYTES = 256 * 1024
 
 
 def tag_of(request_id: str) -> int:
@@ -43,6 +49,31 @@ def config() -> TransferSection:
     )
 
 
+def shared_paths(control: ControlLoop) -> SharedPaths:
+    """What it imports takes seconds: only writers that need it wait for it."""
+    import torch  # noqa: PLC0415
+
+    from tidepool.prefill_node.borrowing import BorrowedMemory  # noqa: PLC0415
+
+    cpu = torch.device("cpu")
+    return SharedPaths(machine_id(), lambda shared: BorrowedMemory(shared, cpu), control.post)
+
+
+def copy_slowly(blocks: Sequence[Block]) -> Callable[[], bool]:
+    """Copies as a device does, beside the caller, and so slowly that signals come in between."""
+    is_done = threading.Event()
+
+    def run() -> None:
+        for source, target, num_bytes in blocks:
+            for at in range(0, num_bytes, PIECE_BYTES):
+                ctypes.memmove(target + at, source + at, min(PIECE_BYTES, num_bytes - at))
+                time.sleep(0.001)
+        is_done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    return is_done.is_set
+
+
 def main() -> None:
     node_id, epoch, decode_address, seed = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     rng = random.Random(seed)
@@ -51,14 +82,20 @@ def main() -> None:
         make_region(kv, "kv", LAYERS, PAGES, PAGE_BYTES),
         make_region(index, "index", LAYERS, PAGES, INDEX_BYTES),
     )
-    transport = MooncakeTransport("127.0.0.1")
+    transport = RoutedTransport(MooncakeTransport("127.0.0.1"), MemoryTransport(copy_slowly))
     for memory in (kv, index):
         transport.register(memory.address, memory.num_bytes)
     control = ControlLoop(node_id, "prefill", epoch, layout_hash="x", config=config())
     mover = Mover(transport, config(), control.post)
     log: list[Any] = []
     exporter = Exporter(
-        control, mover, regions, config(), has_checksums=True, post_event=log.append
+        control,
+        mover,
+        regions,
+        config(),
+        has_checksums=True,
+        post_event=log.append,
+        paths=shared_paths(control) if "shared" in sys.argv else None,
     )
     mover.start()
     control.start(exporter)
