@@ -250,8 +250,7 @@ class End:
 
     def give(self, key: tuple[str, int], first: int, pages: list[int]) -> None:
         """As a prefill node's hand-off does."""
-        is_on_device = self.mirrors[0].is_on_device
-        source = ComputedPages(self.mirrors) if is_on_device else None
+        source = None if self.mirrors[0].is_device else ComputedPages(self.mirrors)
         self.side.pages_ready(key, first, pages, source)
 
     def wait_for(self, kind: type) -> Any:

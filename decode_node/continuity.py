@@ -14,9 +14,11 @@ from ..common.config import Config
 from ..common.errors import SegmentError
 from ..common.layouts import KvGeometry
 from ..common.step_loop import Engine
+from ..common.wire import SharedMemory
 from ..hostpool.keeper_link import KeeperLink
 from ..hostpool.mirror import HostMirror
 from ..hostpool.segment import SharedSegment
+from ..transfer.shared_paths import machine_id
 from .engine import DecodeEngine
 from .journal import Journal
 from .kept import KeptMemory, claim
@@ -50,6 +52,12 @@ class Continuity:
             return
         self.segment = self._memory.segment
         self.journal = self._memory.journal()
+
+    def lending(self) -> SharedMemory | None:
+        """What prefill nodes of this machine are told, so that they can copy into the pools."""
+        if self._memory is None:
+            return None
+        return SharedMemory(machine_id(), str(self._memory.link.path), ("kv", "index"))
 
     def guard(self, on_fatal: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
         """`on_fatal` for a node that finds its own state wrong: nobody goes on from it."""

@@ -22,7 +22,7 @@ from ..transfer.importer import Importer
 from ..transfer.mover import Mover
 from ..transfer.node import Auditor, Node
 from ..transfer.transport import Transport
-from ..transfer.transports import has_checksums, make_transport
+from ..transfer.transports import has_checksums, make_transport, may_share
 from .build import build_coordinator, build_engine, max_context
 from .continuity import Continuity
 from .coordinator import HiSparseCoordinator
@@ -89,6 +89,7 @@ def build_node(
         layout_text=geometry.layout_text,
         data_address=kv.transport.data_address,
         regions=kv.regions,
+        shared=continuity.lending() if may_share(config.transfer) else None,
         config=config.transfer,
         clock=clock,
         on_fatal=on_fatal,

@@ -39,10 +39,12 @@ class KeeperLink:
 
     Attributes:
         is_owner: the keeper has accepted this process as the owner.
+        path: where it listens.
     """
 
     def __init__(self, path: Path) -> None:
         self.is_owner = False
+        self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_TIMEOUT_S)
         try:
