@@ -16,7 +16,8 @@ rewritten. A point's time is the median over replays of (replay / CALLS). Beside
 
 A peer: a Python file with `make(bench: Bench) -> Callable[[int], None]`; the callable enqueues call
 number i of a graph (`bench.topk_CBK[i]` on `bench.seats_B`) without synchronising, and keeps its own
-tables. It runs in the same process, on the same host rows.
+tables. It runs in the same process, on the same host rows. A function `check()` of the callable, if it
+has one, is called after the timing and raises if the rows it brought are not those asked for.
 """
 
 from __future__ import annotations
@@ -357,6 +358,8 @@ def run_table(host: torch.Tensor, flat: ctypes.CDLL, peer: Any, deadline: float)
             call = peer.make(bench)
             warm_up(bench, call)
             result["peer"] = {"us": statistics.median(time_graph(call, bench.advance))}
+            if hasattr(call, "check"):
+                call.check()
         results.append(result)
         print(line_of(result), flush=True)
     return results
@@ -371,7 +374,14 @@ def line_of(result: dict[str, Any]) -> str:
         f"misses {result['misses']:4}: {ours:7.2f} us (alone {result['ours']['alone_us']:6.1f}), "
         f"two {result['two']['us']:7.2f}, flat {flat:7.2f} "
         f"(alone {result['flat']['alone_us']:6.1f}){verdict}"
+        + (f" peer {result['peer']['us']:7.2f}" if "peer" in result else "")
     )
+
+
+def geometric_mean(points: list[dict[str, Any]]) -> float:
+    """Of peer / ours over the points that have both."""
+    both = [point for point in points if "peer" in point]
+    return statistics.geometric_mean(point["peer"]["us"] / point["ours"]["us"] for point in both)
 
 
 def limit_of(result: dict[str, Any]) -> float | None:
@@ -451,7 +461,7 @@ def write_replacement_report(folder: Path, report: dict[str, Any]) -> None:
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{report['date']}-swap-in"
+    stem = f"{report['date']}-{report['name']}"
     (folder / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [
         f"# Swap-in, {report['date']}",
@@ -472,6 +482,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     ]
     for result in report["points"]:
         limit, ours = limit_of(result), result["ours"]["us"]
+        peer = f"{result['peer']['us']:.2f}" if "peer" in result else ""
         moved = result["batch"] * result["misses"] * result["row_bytes"] / ours / 1000
         lines.append(
             f"| {result['row_bytes']} | {result['placement']} | {result['batch']} | "
@@ -480,8 +491,15 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
             f"{'' if limit is None else f'{limit:.1f}'} | "
             f"{'' if limit is None else 'yes' if ours <= limit else 'no'} | {moved:.1f} | "
             f"{result['ours']['alone_us']:.1f} | {result['flat']['alone_us']:.1f} | "
-            f"{result.get('peer', {}).get('us', '')} |"
+            f"{peer} |"
         )
+    if any("peer" in point for point in report["points"]):
+        missing = [point for point in report["points"] if point["misses"]]
+        lines += [
+            "",
+            f"Geometric mean of peer / ours: {geometric_mean(report['points']):.2f} over all "
+            f"{len(report['points'])} points, {geometric_mean(missing):.2f} where rows are missing.",
+        ]
     (folder / f"{stem}.md").write_text("\n".join(lines + variant_lines(report)) + "\n")
 
 
@@ -528,6 +546,7 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="also compare ways to launch")
     parser.add_argument("--replacement", action="store_true", help="only: LRU against by score")
     parser.add_argument("--peer", type=Path, help="plugin file, see above")
+    parser.add_argument("--name", default="swap-in", help="of the report's files, behind the date")
     parser.add_argument("--commit", default=None, help="what to print as the commit")
     parser.add_argument("--limit-s", type=float, default=600.0, help="stop early after this long")
     args = parser.parse_args()
@@ -543,12 +562,15 @@ def main() -> None:
     )
     report: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
+        "name": args.name,
         "commit": args.commit or _commit(),
         "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "command": "python benchmarks/swap_in.py" + (" --variants" if args.variants else ""),
+        "command": "python benchmarks/swap_in.py"
+        + (" --variants" if args.variants else "")
+        + (" --peer PLUGIN" if args.peer else ""),
         "host_gib": args.host_gib,
         "link": measure_link(host),
         "empty_us": empty_us,

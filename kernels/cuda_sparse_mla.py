@@ -8,6 +8,7 @@ allocator. What differs from the reference: rows outside [0, N) count as -1 and 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ TILE_ROWS = 64
 LATENT, ROPE = 512, 64
 LAYOUTS = ("mla_bf16", "mla_fp8")
 MAX_SPLITS = 64
+MAX_CLUSTER_SPLITS = 8
 _TRIM_BATCH = 512
 """Above it a call is a prompt's chunk, whose first tokens see few rows: it pays to look where they end."""
 _LOG2E = 1.4426950408889634
@@ -32,7 +34,8 @@ class MlaParams(ctypes.Structure):
             pointers="q_latent q_rope rows row_idx parts lse out",
             int64="latent_stride_b latent_stride_h rope_stride_b rope_stride_h idx_stride_b "
             "out_stride_b out_stride_h row_stride",
-            int32="batch num_heads num_selected num_rows num_splits split_rows trims",
+            int32="batch num_heads num_selected num_rows num_splits split_rows trims "
+            "joins_in_cluster",
         ),
         ("scale_log2", ctypes.c_float),
     ]
@@ -80,8 +83,9 @@ def launch(
     device = out_BHC.device
     if num_splits is None:
         num_splits = choose_splits(batch, num_heads, num_selected, num_processors(device))
+    joins = 1 < num_splits and batch * -(-num_heads // HEADS) <= max_clusters(num_splits, device)
     parts = torch.empty(0, dtype=torch.float32, device=device)
-    if num_splits > 1:
+    if num_splits > 1 and not joins:
         parts = torch.empty(
             batch * num_splits * num_heads * (LATENT + 1), dtype=torch.float32, device=device
         )
@@ -105,6 +109,7 @@ def launch(
         num_splits,
         -(-num_selected // (num_splits * TILE_ROWS)) * TILE_ROWS,
         batch > _TRIM_BATCH,
+        joins,
         scale * _LOG2E,
     )
     library = _LIBRARY.on(device)
@@ -117,6 +122,16 @@ def choose_splits(batch: int, num_heads: int, num_selected: int, num_ctas: int) 
     """As many as give every processor a CTA, each with a tile of rows at least."""
     wanted = num_ctas // (batch * -(-num_heads // HEADS))
     return max(1, min(wanted, MAX_SPLITS, -(-num_selected // TILE_ROWS)))
+
+
+@cache
+def max_clusters(num_splits: int, device: torch.device) -> int:
+    """Clusters of `num_splits` CTAs that run at once on the device: they join in shared memory."""
+    if num_splits > MAX_CLUSTER_SPLITS:
+        return 0
+    count = ctypes.c_int(0)
+    code = _LIBRARY.on(device).tidepool_max_clusters(num_splits, ctypes.byref(count))
+    return 0 if code else count.value
 
 
 def _is_aligned(tensor: Tensor) -> bool:

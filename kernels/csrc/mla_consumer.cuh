@@ -209,7 +209,8 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void finish(int b, int split, int head) {
+    // 1 / the sum of all weights of heads `top` and `top` + 8, or 0; and the sums.
+    __device__ __forceinline__ void close(float (&total)[2], float (&factor)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
@@ -222,9 +223,43 @@ struct Consumer {
         consumers_barrier();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+            total[r] = smem.sum[0][top + 8 * r] + smem.sum[1][top + 8 * r];
+            factor[r] = total[r] > 0.0f ? 1.0f / total[r] : 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ float lse(int r, float total) const {
+        return total > 0.0f ? best[r] + log2f(total) : kLowest;
+    }
+
+    // Leaves the result in shared memory, where the cluster finds it.
+    __device__ __forceinline__ void leave_part() {
+        float total[2];
+        float factor[2];
+        close(total, factor);
+        PartSmem& left = *reinterpret_cast<PartSmem*>(&smem);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float* part = left.part[top + 8 * r] + group * kHalfColumns + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kHalfColumns / 8; ++j) {
+                *reinterpret_cast<float2*>(part + 8 * j) =
+                    make_float2(acc[4 * j + 2 * r] * factor[r], acc[4 * j + 2 * r + 1] * factor[r]);
+            }
+            if (group == 0 && lane % 4 == 0) {
+                left.lse[top + 8 * r] = lse(r, total[r]);
+            }
+        }
+    }
+
+    // Writes the result, or the part of one for join_kernel.
+    __device__ __forceinline__ void finish(int b, int split, int head) {
+        float total[2];
+        float factor[2];
+        close(total, factor);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
             const int h = head + top + 8 * r;
-            const float total = smem.sum[0][top + 8 * r] + smem.sum[1][top + 8 * r];
-            const float factor = total > 0.0f ? 1.0f / total : 0.0f;
             if (h >= p.num_heads) {
                 continue;
             }
@@ -234,7 +269,7 @@ struct Consumer {
 #pragma unroll
                 for (int j = 0; j < kHalfColumns / 8; ++j) {
                     *reinterpret_cast<__nv_bfloat162*>(out + 8 * j) = __floats2bfloat162_rn(
-                        acc[4 * j + 2 * r] * factor, acc[4 * j + 2 * r + 1] * factor);
+                        acc[4 * j + 2 * r] * factor[r], acc[4 * j + 2 * r + 1] * factor[r]);
                 }
                 continue;
             }
@@ -243,10 +278,10 @@ struct Consumer {
 #pragma unroll
             for (int j = 0; j < kHalfColumns / 8; ++j) {
                 *reinterpret_cast<float2*>(part + 8 * j) =
-                    make_float2(acc[4 * j + 2 * r] * factor, acc[4 * j + 2 * r + 1] * factor);
+                    make_float2(acc[4 * j + 2 * r] * factor[r], acc[4 * j + 2 * r + 1] * factor[r]);
             }
             if (group == 0 && lane % 4 == 0) {
-                p.lse[at] = total > 0.0f ? best[r] + log2f(total) : kLowest;
+                p.lse[at] = lse(r, total[r]);
             }
         }
     }

@@ -25,6 +25,7 @@ constexpr int kProducers = 128;        // threads that bring bf16 rows
 constexpr int kWideningProducers = 256;  // that bring FP8 rows and widen them
 constexpr float kNone = -3.0e38f;    // logit of a row that is not there
 constexpr float kLowest = -1.0e30f;  // maximum of no logits; over kNone, so that its weight is 0
+constexpr int kMaxClusterSplits = 8;
 constexpr int kTilesAhead = 2;       // of the loads are the rows asked into the L2
 
 // kernels/cuda_sparse_mla.py mirrors this struct.
@@ -51,6 +52,7 @@ struct MlaParams {
     int32_t num_splits;    // S
     int32_t split_rows;    // of a stretch, a multiple of 64
     int32_t trims;         // looks first where each token's rows end
+    int32_t joins_in_cluster;  // the CTAs of a token are a cluster; no parts
     float scale_log2;      // softmax scale * log2(e)
 };
 
@@ -68,6 +70,16 @@ struct MlaSmem {
     uint64_t biased[kGroups];         // `bias` of the group's tile is written
     uint64_t weighed[kGroups];        // `weight` and `best` of the group's tile are written
 };
+
+// What a CTA leaves for the others of its cluster, once its tiles are done; over MlaSmem's tiles.
+struct PartSmem {
+    static constexpr int kStride = kLatent + 8;  // so that 4 heads' columns lie in different banks
+    float part[kHeads][kStride];
+    float lse[kHeads];  // base 2
+    float share[kMaxClusterSplits][kHeads];
+    float factor[kHeads];
+};
+static_assert(sizeof(PartSmem) <= kTileBytes * (1 + kGroups), "must fit over queries and tiles");
 
 __device__ __forceinline__ int first_panel(int group) { return group * kHalfPanels; }
 
@@ -124,6 +136,14 @@ __device__ __forceinline__ float exp2_fast(float value) {
 
 __device__ __forceinline__ void prefetch_line(const char* source) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
+}
+
+// All threads of the cluster that have not left; what was written before is seen after.
+__device__ __forceinline__ void cluster_arrive_and_wait() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;\n" ::
+            : "memory");
 }
 
 // Threads of one warpgroup that multiplies.

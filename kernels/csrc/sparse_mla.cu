@@ -9,10 +9,12 @@
 // |           | tiles (mla_consumer.cuh)                                                       |
 // | 2         | gathers rows, up to two tiles ahead, and widens FP8 to bf16 (mla_producer.cuh) |
 //
-// A tile serves as keys and as values from the same shared memory. Where a token's rows are split,
-// join_kernel takes the mean of the stretches, weighed by their sums of exponentials. No kernel
-// allocates or synchronises with the host. Launchers return a cudaError_t.
+// A tile serves as keys and as values from the same shared memory. Where a token's rows are split, the
+// mean of the stretches, weighed by their sums of exponentials, is taken in a cluster or by a second
+// kernel (mla_join.cuh). No kernel allocates or synchronises with the host. Launchers return a
+// cudaError_t.
 #include "mla_consumer.cuh"
+#include "mla_join.cuh"
 #include "mla_producer.cuh"
 
 namespace tidepool {
@@ -108,46 +110,35 @@ __global__ void __launch_bounds__(Roles<kIsFp8>::kThreads, 1)
         if (num_tiles > 0) {
             consumer.run(num_tiles);
         }
-        consumer.finish(b, split, head);
+        if (p.joins_in_cluster != 0) {
+            consumer.leave_part();
+            join_in_cluster(p, smem, b, head);
+        } else {
+            consumer.finish(b, split, head);
+        }
     }
 }
 
-constexpr int kJoinThreads = kLatent / 4;
-constexpr int kMaxSplits = 64;
+template <bool kIsFp8>
+cudaLaunchConfig_t launch_config(dim3 grid, int cluster, cudaLaunchAttribute* attribute) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(Roles<kIsFp8>::kThreads);
+    config.dynamicSmemBytes = sizeof(MlaSmem);
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim = {1, static_cast<unsigned>(cluster), 1};
+    config.attrs = attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    return config;
+}
 
-// Grid (heads, tokens); 4 columns a thread.
-__global__ void __launch_bounds__(kJoinThreads) join_kernel(const __grid_constant__ MlaParams p) {
-    __shared__ float weight[kMaxSplits];  // the stretches' sums of exponentials, base 2
-    const int h = blockIdx.x;
-    const int b = blockIdx.y;
-    const int64_t first = int64_t{b} * p.num_splits * p.num_heads + h;
-    if (threadIdx.x < p.num_splits) {
-        weight[threadIdx.x] = p.lse[first + int64_t{threadIdx.x} * p.num_heads];
-    }
-    __syncthreads();
-    float best = kLowest;
-    for (int s = 0; s < p.num_splits; ++s) {
-        best = fmaxf(best, weight[s]);
-    }
-    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-    float total = 0.0f;
-    const float* part = p.parts + first * kLatent + threadIdx.x * 4;
-#pragma unroll 8
-    for (int s = 0; s < p.num_splits; ++s) {
-        const float share = weight[s] > kLowest ? exp2_fast(weight[s] - best) : 0.0f;
-        const float4 value =
-            *reinterpret_cast<const float4*>(part + int64_t{s} * p.num_heads * kLatent);
-        sum.x += value.x * share;
-        sum.y += value.y * share;
-        sum.z += value.z * share;
-        sum.w += value.w * share;
-        total += share;
-    }
-    const float factor = total > 0.0f ? 1.0f / total : 0.0f;
-    __nv_bfloat162* out = reinterpret_cast<__nv_bfloat162*>(
-        p.out + b * p.out_stride_b + h * p.out_stride_h + threadIdx.x * 4);
-    out[0] = __floats2bfloat162_rn(sum.x * factor, sum.y * factor);
-    out[1] = __floats2bfloat162_rn(sum.z * factor, sum.w * factor);
+template <bool kIsFp8>
+int launch(const MlaParams& p, dim3 grid, cudaStream_t stream) {
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config =
+        launch_config<kIsFp8>(grid, p.joins_in_cluster != 0 ? p.num_splits : 1, &attribute);
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, sparse_mla_kernel<kIsFp8>, p);
 }
 
 }  // namespace tidepool
@@ -171,18 +162,24 @@ int tidepool_prepare() {
     return error == cudaSuccess ? cudaFuncGetAttributes(&attributes, join_kernel) : error;
 }
 
+// Clusters of num_splits CTAs that run at once; 0 where they cannot.
+int tidepool_max_clusters(int num_splits, int* count) {
+    using namespace tidepool;
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config = launch_config<true>(dim3(1, num_splits, 1), num_splits, &attribute);
+    *count = 0;
+    return cudaOccupancyMaxActiveClusters(count, sparse_mla_kernel<true>, &config);
+}
+
 int tidepool_sparse_mla(const tidepool::MlaParams* p, int is_fp8, cudaStream_t stream) {
     using namespace tidepool;
     const dim3 grid((p->num_heads + kHeads - 1) / kHeads, p->num_splits, p->batch);
-    if (is_fp8 != 0) {
-        sparse_mla_kernel<true><<<grid, Roles<true>::kThreads, sizeof(MlaSmem), stream>>>(*p);
-    } else {
-        sparse_mla_kernel<false><<<grid, Roles<false>::kThreads, sizeof(MlaSmem), stream>>>(*p);
-    }
-    if (p->num_splits > 1) {
+    const int error = is_fp8 != 0 ? launch<true>(*p, grid, stream) : launch<false>(*p, grid, stream);
+    if (error == cudaSuccess && p->num_splits > 1 && p->joins_in_cluster == 0) {
         join_kernel<<<dim3(p->num_heads, p->batch), kJoinThreads, 0, stream>>>(*p);
+        return cudaGetLastError();
     }
-    return cudaGetLastError();
+    return error;
 }
 
 }  // extern "C"
