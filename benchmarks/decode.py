@@ -44,6 +44,8 @@ from tidepool.decode_node.step_runner import StepRunner
 from tidepool.hostpool.index_pool import IndexPool
 from tidepool.hostpool.pool import HostPool
 from tidepool.hostpool.seats import SeatPool
+from tidepool.hostpool.side_stream import SideStream
+from tidepool.kernels import cuda_swap_in
 from tidepool.kernels.resolve import resolve
 from tidepool.kernels.store_rows import pack_rows
 from tidepool.model.config import ModelConfig, geometry
@@ -165,6 +167,7 @@ class Bench:
         *,
         use_graphs: bool,
         fused_batch: int | None,
+        has_side_stream: bool = True,
     ) -> None:
         self.model, self.point = model, point
         device, config = model.device, model.config
@@ -197,6 +200,8 @@ class Bench:
         self.cache = cache
         if fused_batch is not None:
             cache.fused_batch = fused_batch
+        if not has_side_stream:
+            cache._side = SideStream(torch.device("cpu"))
         self._set_trace()
         runner = StepRunner(
             model,
@@ -361,6 +366,10 @@ def main() -> None:
     parser.add_argument("--misses", type=int, default=137)
     parser.add_argument("--parts", type=int, nargs="+", help="parts of a step's rows to try")
     parser.add_argument("--fused-batch", type=int, help="HotCache.fused_batch")
+    parser.add_argument("--copy-ctas", type=int, help="thread blocks of the copy of a plan")
+    parser.add_argument(
+        "--no-side-stream", action="store_true", help="swap in on the step's stream"
+    )
     parser.add_argument("--profile", action="store_true", help="print each kernel's share")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--device", default="cuda")
@@ -371,6 +380,8 @@ def main() -> None:
         num_dense_layers=args.dense_layers,
         num_experts=args.experts,
     )
+    if args.copy_ctas:
+        cuda_swap_in.PLAIN_CTAS = args.copy_ctas
     model = Model.random(
         config,
         dtype=getattr(torch, args.dtype),
