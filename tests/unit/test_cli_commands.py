@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers.front import RunningFront
 
+from tidepool.common import wire
 from tidepool.common.config import parse
 from tidepool.deploy import cli
 from tidepool.deploy.commands.config_markdown import config_markdown
@@ -123,6 +124,8 @@ def test_status_shows_every_node_of_a_running_front(run):
         assert "prefill-0" in out and "decode-0" in out and "ready" in out
         code, out, _ = run("status", "--url", front.url, "--json")
         assert code == 0 and '"is_ready": true' in out
+        front.control.say("decode-0", wire.Ping(wire.Load(quarantined_pages=417)))
+        front.wait_for(lambda: "417" in run("status", "--url", front.url)[1])
         front.control.down("decode-0")
         front.wait_for(lambda: bool(front.service.missing_roles))
         code, out, _ = run("status", "--url", front.url)

@@ -467,8 +467,11 @@ def test_a_submit_that_cannot_be_sent_is_tried_again_and_then_fails(monkeypatch)
 def test_the_metrics_name_every_node():
     bench = Bench()
     bench.metrics.watch_nodes(lambda: bench.dispatcher.nodes)
-    bench.dispatcher.nodes.ping("decode-0", 1, wire.Load(free_pages=3, total_pages=10))
+    bench.dispatcher.nodes.ping(
+        "decode-0", 1, wire.Load(free_pages=3, total_pages=10, quarantined_pages=2)
+    )
     text = bench.metrics.render().decode()
     assert 'tidepool_node_pages_used{node="decode-0",role="decode"} 7.0' in text
+    assert 'tidepool_node_pages_quarantined{node="decode-0",role="decode"} 2.0' in text
     assert 'tidepool_node_hot_hits_total{node="decode-0",role="decode"} 3.0' in text
     assert 'tidepool_node_up{node="prefill-1",role="prefill"} 1.0' in text
