@@ -177,9 +177,8 @@ class HiSparseCoordinator:
     finish_step = _eager_backup_previous_token
 
     def _ring_start(self, sequence: Sequence, position: int) -> int:
-        """Oldest position in the ring once `position` is stored: this page and the one before."""
-        page = position // self._page_size
-        start = max(sequence.admit_len, (page - 1) * self._page_size)
+        """Oldest position that the ring still holds once `position` is stored over the one before it."""
+        start = max(sequence.admit_len, position + 1 - self.cache.ring_rows)
         if sequence.backup_len < start:
             raise InvariantError(f"{sequence.key}: the ring would overwrite rows not yet durable")
         if sequence.durable_len < start:

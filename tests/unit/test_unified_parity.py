@@ -48,6 +48,22 @@ def test_tokens_do_not_depend_on_which_rows_make_room(
     assert misses["score"] != misses["lru"]
 
 
+def test_a_row_of_the_ring_is_read_until_a_newer_one_takes_its_place(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    seed = VETTED_SEEDS[KINDS[0]][0]
+    path = session_checkpoint(tmp_path_factory, KINDS[0], seed)
+    node = UnifiedHarness(path, **{"decode.hot_rows": INDEX_TOPK, "kv.page_size": 4})
+    node.ask("r", prompt(seed), max_tokens=30)
+    lags = set()
+    while node.step():
+        sequence = node.decode.find(("r", 0))
+        if sequence is not None and sequence.kv_len >= PROMPT_TOKENS + 12:
+            start = int(node.decode.coordinator.cache.ring_start_S[sequence.seat])
+            lags.add(sequence.kv_len - start)
+    assert lags == {8}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("chunk_tokens", [7, 64, 4096])
