@@ -82,22 +82,33 @@ class _Front:
         self._server: FrontServer | None = None
         self._url = ""
         self._poller: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
 
     async def start(self, port: int, is_first: bool) -> str:
-        if self._server is None:
-            front = dataclasses.replace(self._config.front, port=port)
-            if is_first and self._config.cluster.fronts > 1:
-                listen(front.host, port).close()
-            self._server = build_server(
-                dataclasses.replace(self._config, front=front),
-                node_id=self._front_id,
-                epoch=time.time_ns(),
-                bind_host=bind_address(self._config),
-            )
-            self._url = await self._server.start()
-            poller = MembershipPoller(self._names, self._handle, self._server.update_nodes)
-            self._poller = asyncio.create_task(poller.run())
+        async with self._starting:
+            if self._server is None:
+                await self._serve(port, is_first)
         return self._url
+
+    async def _serve(self, port: int, is_first: bool) -> None:
+        """Leaves nothing behind if it cannot: the next try may."""
+        front = dataclasses.replace(self._config.front, port=port)
+        if is_first and self._config.cluster.fronts > 1:
+            listen(front.host, port).close()
+        server = build_server(
+            dataclasses.replace(self._config, front=front),
+            node_id=self._front_id,
+            epoch=time.time_ns(),
+            bind_host=bind_address(self._config),
+        )
+        try:
+            self._url = await server.start()
+        except BaseException:
+            await server.stop()
+            raise
+        self._server = server
+        poller = MembershipPoller(self._names, self._handle, server.update_nodes)
+        self._poller = asyncio.create_task(poller.run())
 
     async def stop(self, drain_s: float) -> None:
         if self._server is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from .no_tokenizer import NoTokenizer
 from .nodes import NodeInfo
 from .ports import Control, ModelLimits, Tokenizer
 from .service import FrontService
+
+_LOGGER = logging.getLogger("tidepool.front")
 
 START_TIMEOUT_S = 10.0
 _BACKLOG = 1024
@@ -72,14 +75,11 @@ class FrontServer:
     async def start(self) -> str:
         """Binds the port, starts everything on the running loop, returns the URL.
 
-        One of several fronts also binds the port behind the shared one that has its number.
-        ConfigError if a port cannot be bound.
+        One of several fronts also binds, if it can, the port behind the shared one that has its
+        number. ConfigError if the port cannot be bound.
         """
-        listeners = [listen(self._config.host, self._config.port, is_shared=self._shares_port)]
+        listeners = self._listen()
         self.port = listeners[0].getsockname()[1]
-        if self._shares_port:
-            own_port = self.port + 1 + self._number
-            listeners.append(listen(self._config.host, own_port))
         settings = uvicorn.Config(
             create_app(self.service, self._api_keys),
             log_config=None,
@@ -98,6 +98,17 @@ class FrontServer:
                     await self._serving
                 await asyncio.sleep(0.005)
         return self.url
+
+    def _listen(self) -> list[socket.socket]:
+        shared = listen(self._config.host, self._config.port, is_shared=self._shares_port)
+        if not self._shares_port:
+            return [shared]
+        own_port = shared.getsockname()[1] + 1 + self._number
+        try:
+            return [shared, listen(self._config.host, own_port)]
+        except ConfigError as error:
+            _LOGGER.warning("no port of its own, /metrics is where requests are: %s", error)
+            return [shared]
 
     def update_nodes(self, infos: list[NodeInfo]) -> None:
         """Takes the whole list of known nodes; on the server's loop."""

@@ -383,6 +383,40 @@ def test_a_port_in_use_is_a_config_error():
         threaded.stop()
 
 
+def front_of_two(number: int, port: int) -> ThreadedServer:
+    config = make_config(front={"port": port}, cluster={"fronts": 2})
+    front_id = f"front-{number}"
+    return ThreadedServer(
+        FrontServer(config, ByteTokenizer(), MODEL, FakeControl(), front_id=front_id)
+    )
+
+
+def who_answers(port: int) -> str:
+    return str(httpx.get(f"http://127.0.0.1:{port}/cluster").json()["front"]["front_id"])
+
+
+def test_fronts_share_a_port_and_each_has_one_of_its_own():
+    first = front_of_two(0, 0)
+    port = int(first.start().rsplit(":", 1)[1])
+    second = front_of_two(1, port)
+    second.start()
+    assert {who_answers(port) for _ in range(64)} == {"front-0", "front-1"}
+    assert [who_answers(port + 1), who_answers(port + 2)] == ["front-0", "front-1"]
+    first.stop()
+    assert {who_answers(port) for _ in range(16)} == {"front-1"}
+    second.stop()
+
+
+def test_a_front_whose_own_port_is_taken_serves_at_the_shared_one():
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", port + 1)):
+        front = front_of_two(0, port)
+        front.start()
+        assert who_answers(port) == "front-0"
+        front.stop()
+
+
 def test_connections_say_they_are_tcp_so_that_asyncio_sets_nodelay():
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
