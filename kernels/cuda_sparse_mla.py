@@ -83,7 +83,7 @@ def launch(
     device = out_BHC.device
     if num_splits is None:
         num_splits = choose_splits(batch, num_heads, num_selected, num_processors(device))
-    joins = 1 < num_splits and batch * -(-num_heads // HEADS) <= max_clusters(num_splits, device)
+    joins = num_splits > 1 and batch * -(-num_heads // HEADS) <= max_clusters(num_splits, device)
     parts = torch.empty(0, dtype=torch.float32, device=device)
     if num_splits > 1 and not joins:
         parts = torch.empty(

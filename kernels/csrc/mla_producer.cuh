@@ -28,34 +28,14 @@ __device__ __forceinline__ void start_queries(const MlaParams& p, MlaSmem& smem,
 
 // The rows of a CTA's stretch.
 struct RowList {
-    static constexpr int kLine = 128;
-
     const MlaParams& p;
     const int32_t* row_idx;
     int num_left;
-    int ahead;  // row of this thread in the next tile to be asked for
 
     __device__ __forceinline__ int at(int k) const { return k < num_left ? row_idx[k] : -1; }
     __device__ __forceinline__ bool is_there(int row) const { return row >= 0 && row < p.num_rows; }
     __device__ __forceinline__ const char* address(int row) const {
         return p.rows + (is_there(row) ? row * p.row_stride : 0);
-    }
-
-    // Asks for the rows of `ahead`'s tile and looks up those of tile t; `thread` of kThreads.
-    template <int kThreads, int kRowBytes>
-    __device__ __forceinline__ void look_ahead(int t, int thread) {
-        constexpr int kThreadsARow = kThreads / kTileRows;
-        if (is_there(ahead)) {
-            const char* source = p.rows + ahead * p.row_stride;
-#pragma unroll
-            for (int line = 0; line < (kRowBytes + kLine - 1) / kLine; line += kThreadsARow) {
-                const int byte = (line + thread % kThreadsARow) * kLine;
-                if (byte < kRowBytes) {
-                    prefetch_line(source + byte);
-                }
-            }
-        }
-        ahead = at(t * kTileRows + thread / kThreadsARow);
     }
 };
 
@@ -109,7 +89,6 @@ __device__ __forceinline__ void produce_bf16(MlaSmem& smem, RowList list, int nu
                 barrier_arrive(&smem.biased[group]);
             }
         }
-        list.look_ahead<kProducers, kTileBytes / kTileRows>(t + kTilesAhead + 1, thread);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
@@ -117,6 +96,7 @@ __device__ __forceinline__ void produce_bf16(MlaSmem& smem, RowList list, int nu
 // An FP8 row: 512 e4m3 values, the float32 scales of its four blocks of 128, 64 bf16 values.
 constexpr int kFp8ScaleOffset = kLatent;
 constexpr int kFp8RopeOffset = kFp8ScaleOffset + 16;
+constexpr int kLine = 128;  // bytes that are asked for at a time
 constexpr int kFp8RowBytes = kFp8RopeOffset + 2 * kRope;
 
 // Two of a word's four e4m3 values (bytes 0 and 1, or 2 and 3) as bf16 times 2^-120: their bits in
@@ -156,16 +136,17 @@ __device__ __forceinline__ uint4 load_word(const char* source, bool is_there) {
     return is_there ? __ldg(reinterpret_cast<const uint4*>(source)) : make_uint4(0, 0, 0, 0);
 }
 
-// FP8 rows, turned into bf16 on the way. 4 threads share a row; a part of it is in their registers: a
+// FP8 rows, turned into bf16 on the way, asked into the L2 two tiles ahead (bf16 rows are not: there
+// the L2's own bandwidth is what is short). 4 threads share a row; a part of it is in their registers: a
 // word that was stored makes room for the load of the next part's.
 struct Fp8Producer {
     MlaSmem& smem;
     RowList list;
-    int thread;   // of the producers
     int at;       // row of a tile
     int quarter;
     int row;
     int next_row;
+    int ahead;    // row of a tile to come
     uint4 latent[kHalfPanels];  // 16 values of each panel
     uint4 rope[2];
     float2 scale;               // of the part's two blocks
@@ -235,6 +216,21 @@ struct Fp8Producer {
         }
     }
 
+    // Asks for the row `ahead`, of the tile before t, and looks up that of tile t.
+    __device__ __forceinline__ void look_ahead(int t) {
+        if (list.is_there(ahead)) {
+            const char* source = list.address(ahead);
+#pragma unroll
+            for (int line = 0; line < kFp8RowBytes; line += 4 * kLine) {
+                const int byte = line + quarter * kLine;
+                if (byte < kFp8RowBytes) {
+                    prefetch_line(source + byte);
+                }
+            }
+        }
+        ahead = list.at(t * kTileRows + at);
+    }
+
     __device__ __forceinline__ void run(int num_tiles) {
         row = list.at(at);
         const bool is_there = list.is_there(row);
@@ -250,7 +246,7 @@ struct Fp8Producer {
             move_part<0>(t);
             move_part<1>(t);
             row = next_row;
-            list.look_ahead<kWideningProducers, kFp8RowBytes>(t + kTilesAhead + 1, thread);
+            look_ahead(t + kTilesAhead + 1);
         }
     }
 };

@@ -81,9 +81,9 @@ __global__ void __launch_bounds__(Roles<kIsFp8>::kThreads, 1)
     if (threadIdx.x >= kConsumers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Roles<kIsFp8>::kToProduce));
         const int thread = threadIdx.x - kConsumers;
-        RowList list = {p, row_idx, num_left, -1};
+        const RowList list = {p, row_idx, num_left};
         if constexpr (kIsFp8) {
-            Fp8Producer producer = {smem, list, thread, thread / 4, thread % 4, -1, -1, {}, {}, {}};
+            Fp8Producer producer = {smem, list, thread / 4, thread % 4, -1, -1, -1, {}, {}, {}};
             producer.run(num_tiles);
         } else {
             produce_bf16(smem, list, num_tiles);
