@@ -4,7 +4,8 @@ Launches: activations become FP8 with a scale for each token and 128 values; the
 partial sums of 128 are scaled and added up in float32 (FP8 tensor cores add up with about 14
 bits); and, where few tiles would leave processors idle, the sum of a product cut along I. On
 torch's current stream, without a synchronisation; intermediate results live in memory of torch's
-caching allocator (fixed inside a captured graph). A NaN stays in its row.
+caching allocator (fixed inside a captured graph). A NaN stays in its row. Sizes that change from
+call to call are not specialised on, so that a kernel is compiled once a tile shape.
 
 Suffixes: T tokens, O and I width of output and input, Q blocks of I; in the kernels R rows, N
 columns and K reduction steps of a tile.
@@ -52,7 +53,7 @@ def scaled_fp8(value_RN):
     return tl.div_rn(value_RN, scale_RN).to(tl.float8e4nv), scale_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride_t", "scale_stride_q", "num_tokens"])
 def _quantize_kernel(
     x, out, scale, x_stride, scale_stride_t, scale_stride_q, num_tokens, num_i, ROWS: tl.constexpr
 ):
@@ -67,7 +68,7 @@ def _quantize_kernel(
     tl.store(scale + row_R * scale_stride_t + q * scale_stride_q, scale_R, mask=r_R < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "part_stride", "row_tiles", "split_q"])
 def _linear_kernel(
     x,
     x_scale,
@@ -113,7 +114,7 @@ def _linear_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_stride"])
 def _join_kernel(
     parts, out, num_n, out_stride, part_stride, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -182,10 +183,18 @@ def _torch_product(x_TI: Tensor, weight_OI: Tensor, scale_PQ: Tensor, out_TO: Te
     """By cuBLAS, which adds up as `_linear_kernel` does, and is twice as fast for many tokens."""
     num_tokens = x_TI.shape[0]
     x, x_scale = quantize_rows(x_TI, align=_TORCH_ALIGN)
-    result = torch._scaled_mm(
-        x, weight_OI.t(), scale_a=x_scale, scale_b=scale_PQ.t(), out_dtype=out_TO.dtype
+    is_whole = x.shape[0] == num_tokens and out_TO.is_contiguous()
+    result = out_TO if is_whole else out_TO.new_empty(x.shape[0], out_TO.shape[1])
+    torch._scaled_mm(
+        x,
+        weight_OI.t(),
+        scale_a=x_scale,
+        scale_b=scale_PQ.t(),
+        out_dtype=out_TO.dtype,
+        out=result,
     )
-    out_TO.copy_(result[:num_tokens])
+    if not is_whole:
+        out_TO.copy_(result[:num_tokens])
 
 
 def launch(

@@ -41,7 +41,7 @@ class Tiles:
     num_stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _list_pairs_kernel(
     experts,
     pairs,
@@ -83,7 +83,7 @@ def _list_pairs_kernel(
             tl.store(block_expert + block, e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks"])
 def _gate_up_kernel(
     x,
     x_scale,
@@ -152,7 +152,7 @@ def _gate_up_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_blocks"])
 def _down_kernel(
     hidden,
     hidden_scale,

@@ -98,8 +98,10 @@ class LatentAttention:
         apply_rope_(q_rope_THR, cos_TF, sin_TF, interleaved=True)
         q_absorbed_HTC = torch.bmm(q_nope_THN.transpose(0, 1), self.up_key_HNC)
         out_THC = context.attend(self.layer, q_absorbed_HTC.transpose(0, 1), q_rope_THR, self.scale)
-        out_HTV = torch.bmm(out_THC.transpose(0, 1), self.up_value_HVC.transpose(1, 2))
-        return linear(out_HTV.transpose(0, 1).flatten(1), self.out)
+        out_THV = out_THC.new_empty(x_TM.shape[0], *self.up_value_HVC.shape[:2])
+        up_value_HCV = self.up_value_HVC.transpose(1, 2)
+        torch.bmm(out_THC.transpose(0, 1), up_value_HCV, out=out_THV.transpose(0, 1))
+        return linear(out_THV.flatten(1), self.out)
 
     def _store(
         self, kv_T: Tensor, cos_TF: Tensor, sin_TF: Tensor, context: AttentionContext

@@ -20,7 +20,9 @@ from tidepool.kernels.rotate import rotate
 from tidepool.kernels.routed_experts import route_experts, routed_experts
 from tidepool.model.config import ModelConfig
 from tidepool.model.indexer import logits_head_gate
+from tidepool.model.layers import BlockFp8
 from tidepool.model.model import Model
+from tidepool.model.moe import MixtureOfExperts
 from tidepool.model.output import OutputBuffers
 from tidepool.model.random_weights import published_config
 from tidepool.model.sampling import (
@@ -377,6 +379,71 @@ def test_a_captured_step_answers_as_an_eager_one(name: str, fp8_weights: bool) -
             assert torch.equal(found[0], logits[0])
             assert torch.equal(found[1], tokens)
             assert held.std() > 0.1
+
+
+def test_a_pass_never_waits_for_the_device() -> None:
+    config = small_config("deepseek-v3.2")
+    kind = {"dtype": torch.bfloat16, "device": "cuda", "compiled_gates": False}
+    model = Model.random(config, fp8_weights=True, **kind)  # type: ignore[arg-type]
+    buffers = SamplingBuffers(300, config.vocab_size, "cuda")
+    output = OutputBuffers(300, config.vocab_size, "cuda")
+
+    def run(batch: int) -> None:
+        ids = torch.full((batch,), 7, device="cuda")
+        logits = model.logits(model.forward(ids, ids, EchoContext()))
+        rows = sampling_rows("filtered", batch, config.vocab_size, 1)
+        kind = buffers.fill(rows)
+        sample_into(logits, buffers, kind, output.token_B[:batch])
+        output.write_logprobs(logits, output.token_B[:batch])
+        output.start_read(batch, with_logprobs=True)
+
+    for batch in (3, 300):
+        run(batch)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in (3, 300):
+            run(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def dequantised(value: object) -> object:
+    """The same weights in bfloat16."""
+    if isinstance(value, BlockFp8):
+        return dequantize_blocks(value.weight_OI, value.scale_PQ, (128, 128)).bfloat16()
+    if isinstance(value, MixtureOfExperts):
+        pairs = (
+            (value.gate_up_EFM, value.gate_up_scale_EPQ),
+            (value.down_EMF, value.down_scale_EPQ),
+        )
+        gate_up, down = (
+            torch.stack(
+                [dequantize_blocks(*e, (128, 128)).bfloat16() for e in zip(*pair, strict=True)]
+            )
+            for pair in pairs
+        )
+        shared, router = dequantised(value.shared), value.router
+        return MixtureOfExperts(router, gate_up, down, shared)  # type: ignore[arg-type]
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: dequantised(getattr(value, f.name)) for f in fields(value)}
+        return replace(value, **parts)
+    return value
+
+
+@pytest.mark.parametrize("batch", [5, 300])
+def test_fp8_weights_give_nearly_the_logits_of_their_dequantised_copy(batch: int) -> None:
+    """Within 10 % of the logits' norm over three layers: what FP8 activations cost."""
+    config = small_config("glm-5")
+    kind = {"dtype": torch.bfloat16, "device": "cuda", "compiled_gates": False}
+    model = Model.random(config, fp8_weights=True, **kind)  # type: ignore[arg-type]
+    ids = torch.randint(0, config.vocab_size, (batch,), device="cuda")
+    have = model.logits(model.forward(ids, ids, EchoContext()))
+    model.layers = tuple(dequantised(layer) for layer in model.layers)  # type: ignore[misc]
+    want = model.logits(model.forward(ids, ids, EchoContext()))
+    error = relative_error(have, want)
+    print(f"relative error of the logits {error:.4f}")
+    assert 0 < error < 0.1
 
 
 def test_compiled_head_gates_of_bfloat16_weights_are_float32() -> None:
