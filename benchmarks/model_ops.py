@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,8 +70,8 @@ def bench_sampling(batch: int) -> Figures:
         buffers.fill([SamplingRow(parameters, row) for row in range(batch)])
         kind = kind_of([parameters])
         name = kind if kind != "filtered" else "+".join(fields)
-        figures[name] = time_us([lambda k=kind: sample_into(logits, buffers, k, token_B)])
-    figures["logprobs"] = time_us([lambda: output.write_logprobs(logits, token_B)])
+        figures[name] = time_us([partial(sample_into, logits, buffers, kind, token_B)])
+    figures["logprobs"] = time_us([partial(output.write_logprobs, logits, token_B)])
     return figures
 
 
@@ -99,7 +100,7 @@ def bench_experts(dtype: str) -> dict[str, Figures]:
         flop = tokens * TOP_EXPERTS * 6 * INNER * HIDDEN
         read_us = int(expert.unique().numel()) * expert_bytes / COPY_BYTES_A_US
         results[f"experts {dtype} {tokens}"] = {
-            "us": time_us([lambda a=arguments: routed_experts(*a)]),
+            "us": time_us([partial(routed_experts, *arguments)]),
             "floor": max(read_us, flop / FLOP_A_US[dtype]),
         }
     return results
@@ -113,12 +114,12 @@ def bench_projection(rows: int, width: int) -> dict[str, Figures]:
     for tokens in (1, 16, 64, 256, 4096):
         x = torch.randn(tokens, width, device="cuda").bfloat16()
         out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cuda")
-        calls = [lambda w=w: block_fp8_linear(x, *w, out) for w in scaled]
+        calls = [partial(block_fp8_linear, x, *weight, out) for weight in scaled]
         flop = 2 * tokens * rows * width
         results[f"projection {rows} x {width} {tokens}"] = {
             "fp8": time_us(calls),
             "fp8 floor": max(rows * width / COPY_BYTES_A_US, flop / FLOP_A_US["fp8"]),
-            "bf16": time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in plain]),
+            "bf16": time_us([partial(torch.nn.functional.linear, x, w) for w in plain]),
         }
     return results
 
@@ -155,16 +156,14 @@ def bench_step(name: str, *, fp8_weights: bool) -> dict[str, Figures]:
     results = {}
     for batch in (1, 16, 64):
         ids = torch.randint(0, config.vocab_size, (batch,), device="cuda")
+        hidden = model.forward(ids, ids, NoAttention())
 
         def step(ids: Tensor = ids) -> None:
             model.logits(model.forward(ids, ids, NoAttention()))
 
-        def head(hidden: Tensor = torch.randn_like(model.forward(ids, ids, NoAttention()))) -> None:
-            model.logits(hidden)
-
         results[f"step {name} {'fp8' if fp8_weights else 'bf16'} {batch}"] = {
             "us": time_us([step]),
-            "output layer": time_us([head]),
+            "output layer": time_us([partial(model.logits, hidden)]),
             "launches": num_launches(step),
             "GB of weights": weight_gb,
         }
