@@ -59,6 +59,16 @@ class Continuity:
             return None
         return SharedMemory(machine_id(), str(self._memory.link.path), ("kv", "index"))
 
+    @property
+    def port(self) -> int:
+        """Where peers of the process before look for this one; 0: anywhere."""
+        return self._memory.port if self._memory else 0
+
+    def note_address(self, address: str) -> None:
+        """Where this one listens, "tcp://host:port"."""
+        if self._memory is not None:
+            self._memory.note_port(int(address.rpartition(":")[2]))
+
     def guard(self, on_fatal: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
         """`on_fatal` for a node that finds its own state wrong: nobody goes on from it."""
         return on_fatal if self._memory is None else self._memory.guard(on_fatal)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..hostpool.segment import SharedSegment
 from .journal import Journal, Shape
 
 JOURNAL_VERSION = 1
+_PORT = struct.Struct("<I")
 MAX_UNPROVEN = 3
 PROOF_STEPS = 64
 OWN_TIMEOUT_S = 5.0
@@ -49,6 +51,15 @@ class KeptMemory:
         journal = Journal(self.segment.view("journal"), self.shape)
         journal.on_discard = lambda offset, size: self.segment.discard("journal", offset, size)
         return journal
+
+    @property
+    def port(self) -> int:
+        """Of the node's control socket, as the last process noted it; 0: none has."""
+        return int(_PORT.unpack(self.segment.view("port"))[0])
+
+    def note_port(self, port: int) -> None:
+        """Peers of this process look for the next one there."""
+        _PORT.pack_into(self.segment.view("port"), 0, port)
 
     def guard(self, on_fatal: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
         """`on_fatal`, behind a mark that nobody may go on from this state."""
@@ -82,6 +93,7 @@ def claim(link: KeeperLink, config: Config, kv: KvGeometry, max_context: int) ->
         "kv": HostPool.bytes_needed(kv, decode.host_tokens // kv.page_size),
         "index": IndexPool.bytes_needed(kv, decode.index_tokens // kv.page_size),
         "journal": shape.num_bytes,
+        "port": _PORT.size,
     }
     identity = identity_of(config, kv, shape)
     segment = _take(link, identity)

@@ -85,6 +85,7 @@ def build_node(
         "decode",
         time.time_ns(),
         bind_host=bind_host,
+        bind_port=continuity.port,
         layout_hash=geometry.layout_hash,
         layout_text=geometry.layout_text,
         data_address=kv.transport.data_address,
@@ -95,6 +96,7 @@ def build_node(
         on_fatal=on_fatal,
         keys=cluster_keys(config.cluster),
     )
+    continuity.note_address(control.address)
     mover = Mover(kv.transport, config.transfer, control.post, on_fatal=on_fatal)
     engines: list[Engine] = []
     step_loop = StepLoop(f"step-{node_id}", engines, on_fatal)

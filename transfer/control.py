@@ -44,6 +44,8 @@ _MESSAGES_A_TURN = 256
 """Messages read from one socket before the others get their turn."""
 _FIRST_RETRY_S = 0.05
 _MAX_RETRY_S = 1.0
+_REFUSED_RETRY_S = 0.2
+"""Largest pause after a connection was refused: the machine lives, and a process may come back."""
 _POST_WAIT_S = 5.0
 """How long a thread waits for room in the command queue before it gets a PeerError."""
 _GOODBYE_LINGER_MS = 50
@@ -56,6 +58,8 @@ class _Link:
     node_id: str
     address: str
     socket: zmq.Socket[bytes] | None = None
+    monitor: zmq.Socket[bytes] | None = None
+    """Tells when the connection of `socket` has failed or is gone."""
     is_hello_sent: bool = False
     due_s: float = 0.0
     """Without a socket: when to try again. Before the hello is answered: when to give up."""
@@ -87,6 +91,7 @@ class ControlLoop:
         epoch: int,
         *,
         bind_host: str = "127.0.0.1",
+        bind_port: int = 0,
         layout_hash: str = "",
         layout_text: str = "",
         data_address: str = "",
@@ -97,8 +102,9 @@ class ControlLoop:
         on_fatal: Callable[[BaseException], None] | None = None,
         keys: ClusterKeys | None = None,
     ) -> None:
-        """Binds the ROUTER to a free port of `bind_host`; PeerError if it cannot.
+        """Binds the ROUTER to a port of `bind_host`; PeerError if it cannot.
 
+        `bind_port`: taken if it is free, so that peers of the process before find this one at once.
         `keys`: of the cluster (curve.cluster_keys); None: connections are neither proven nor
         encrypted.
         `on_fatal` is called once, on the I/O thread, with what stopped the loop.
@@ -139,7 +145,7 @@ class ControlLoop:
         self._context.set(zmq.MAX_SOCKETS, MAX_SESSIONS + 16)
         self._poller = zmq.Poller()
         self._gate = Gate(self._context, keys)
-        self._router = self._bind(bind_host)
+        self._router = self._bind(bind_host, bind_port)
         for each in self._gate.sockets:
             self._poller.register(each, zmq.POLLIN)
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -306,6 +312,8 @@ class ControlLoop:
                 self._say_hello(link)
             if events & zmq.POLLIN:
                 self._read_link(link)
+            if link.monitor is not None and ready.get(link.monitor, 0):
+                self._on_failed_connection(link)
         self._end_doomed()
         now_s = self.clock.now()
         if now_s >= self._next_tick_s:
@@ -397,6 +405,8 @@ class ControlLoop:
         link.socket.set(zmq.IDENTITY, identity_of(self.node_id, self.epoch))
         link.socket.set(zmq.IMMEDIATE, 1)
         link.socket.set(zmq.RECONNECT_IVL, -1)
+        link.monitor = link.socket.get_monitor_socket(zmq.EVENT_CLOSED)
+        self._poller.register(link.monitor, zmq.POLLIN)
         self._gate.equip(link.socket)
         try:
             link.socket.connect(link.address)
@@ -405,6 +415,15 @@ class ControlLoop:
             self._retry_later(link)
             return
         self._poller.register(link.socket, zmq.POLLIN | zmq.POLLOUT)
+
+    def _on_failed_connection(self, link: _Link) -> None:
+        """Before the hello: nobody listens there, or the handshake failed. Soon once more."""
+        session = self._sessions.get(link.node_id)
+        if session is not None and session.link is link:
+            self._close_monitor(link)  # a session ends by its own rules
+            return
+        self._retry_later(link)
+        link.due_s = min(link.due_s, self.clock.now() + _REFUSED_RETRY_S)
 
     def _say_hello(self, link: _Link) -> None:
         assert link.socket is not None
@@ -423,10 +442,18 @@ class ControlLoop:
     def _close_link(self, link: _Link) -> None:
         if link.socket is None:
             return
+        self._close_monitor(link)
         if link.socket in self._poller:
             self._poller.unregister(link.socket)
         link.socket.close()
         link.socket = None
+
+    def _close_monitor(self, link: _Link) -> None:
+        if link.monitor is not None and link.socket is not None:
+            self._poller.unregister(link.monitor)
+            link.socket.disable_monitor()
+            link.monitor.close()
+            link.monitor = None
 
     def _read_link(self, link: _Link) -> None:
         for _ in range(_MESSAGES_A_TURN):
@@ -663,13 +690,13 @@ class ControlLoop:
         fresh.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         return fresh
 
-    def _bind(self, bind_host: str) -> zmq.Socket[bytes]:
+    def _bind(self, bind_host: str, bind_port: int) -> zmq.Socket[bytes]:
         router = self._new_socket(zmq.ROUTER)
         router.set(zmq.ROUTER_HANDOVER, 1)
         router.set(zmq.ROUTER_MANDATORY, 1)
         self._gate.guard(router)
         try:
-            port = router.bind_to_random_port(f"tcp://{bind_host}")
+            port = _bind_to(router, bind_host, bind_port)
         except (zmq.ZMQError, zmq.ZMQBindError) as error:
             router.close()
             self._gate.close()
@@ -690,6 +717,7 @@ class ControlLoop:
         self._commands.clear()
         for link in self._links.values():
             if link.socket is not None:
+                self._close_monitor(link)
                 link.socket.close(linger=_GOODBYE_LINGER_MS)
         self._links = {}
         if not self._router.closed:
@@ -698,3 +726,12 @@ class ControlLoop:
         self._context.term()
         self._wake_receiver.close()
         self._wake_sender.close()
+
+
+def _bind_to(router: zmq.Socket[bytes], host: str, port: int) -> int:
+    """Binds to `port` if that is free, or else to any; returns which."""
+    if port:
+        with contextlib.suppress(zmq.ZMQError):
+            router.bind(f"tcp://{host}:{port}")
+            return port
+    return int(router.bind_to_random_port(f"tcp://{host}"))
