@@ -26,8 +26,8 @@ SETTINGS = {
     "kv.page_size": 4,
     "prefill.chunk_tokens": 16,
     "cluster.authentication": "off",  # a process made here later would have another secret
-    "transfer.front_grace_s": 1.0,
-    "transfer.deadline_s": 3.0,
+    "transfer.front_grace_s": 2.5,
+    "transfer.deadline_s": 8.0,
 }
 
 
@@ -66,7 +66,7 @@ def epoch_at_the_front(pair: Pair, node_id: str) -> int | None:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + 20.0
+    deadline_s = time.monotonic() + 40.0
     while not condition():
         assert time.monotonic() < deadline_s, "the condition did not come true"
         time.sleep(0.01)
