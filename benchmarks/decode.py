@@ -10,6 +10,7 @@ choice is replaced.
 
     resident    hot buffers as long as the context: nothing is planned, nothing moves
     hot         `--hot-rows` rows a seat
+    serial      hot, but nothing runs beside the swap-in: what it costs when it is not hidden
     no-copy     hot, but missing rows are not copied: the price of the swap is the difference
 
 Figures a point: step time (median of wall time over windows of steps), tokens a second, the part of
@@ -35,7 +36,7 @@ from tidepool.common.config import KvSection
 from tidepool.common.layouts import KvGeometry
 from tidepool.common.wire import OutputToken, Sampling
 from tidepool.decode_node.admission import Admission
-from tidepool.decode_node.context import DecodeContext, StepBatch
+from tidepool.decode_node.context import DecodeContext
 from tidepool.decode_node.coordinator import HiSparseCoordinator
 from tidepool.decode_node.engine import DecodeEngine
 from tidepool.decode_node.hot_cache import HotCache
@@ -45,7 +46,6 @@ from tidepool.hostpool.index_pool import IndexPool
 from tidepool.hostpool.pool import HostPool
 from tidepool.hostpool.seats import SeatPool
 from tidepool.hostpool.side_stream import SideStream
-from tidepool.kernels import cuda_swap_in
 from tidepool.kernels.resolve import resolve
 from tidepool.kernels.store_rows import pack_rows
 from tidepool.model.config import ModelConfig, geometry
@@ -74,21 +74,13 @@ class TracedContext(DecodeContext):
 
     trace_TK: Tensor
     step_1: Tensor
-    parts = 0
-    """Parts of a step's rows; 0: as the engine chooses."""
 
-    def __init__(self, cache: HotCache, host: HostPool, index: IndexPool, batch: StepBatch) -> None:
-        super().__init__(cache, host, index, batch)
-        if self.parts:
-            self._part_rows = -(-batch.scores_BC.shape[0] // self.parts)
-
-    def _select(self, index_layer: int, part: slice, query_BID: Tensor, weight_BI: Tensor) -> None:
-        super()._select(index_layer, part, query_BID, weight_BI)
+    def _select(self, index_layer: int, query_BID: Tensor, weight_BI: Tensor) -> None:
+        super()._select(index_layer, query_BID, weight_BI)
         batch = self._batch
-        shift_B = batch.seats_B[part].clamp(min=0) * 7
+        shift_B = batch.seats_B.clamp(min=0) * 7
         trace_BK = self.trace_TK[(self.step_1 + shift_B) % TRACE_STEPS]
-        is_row_B1 = batch.lens_B[part, None] > 0
-        batch.topk_idx_BK[part] = torch.where(is_row_B1, trace_BK, -1)
+        batch.topk_idx_BK.copy_(torch.where(batch.lens_B[:, None] > 0, trace_BK, -1))
 
 
 class UncopiedCache(HotCache):
@@ -97,14 +89,13 @@ class UncopiedCache(HotCache):
     def _plan_and_copy(
         self,
         group: int,
-        first_row: int,
         topk_idx_BK: Tensor,
         lens_B: Tensor,
         seats_B: Tensor,
         host_rows: Tensor,
         scores_BC: Tensor | None,
     ) -> None:
-        part, plan = slice(first_row, first_row + topk_idx_BK.shape[0]), self._plan
+        batch, plan = topk_idx_BK.shape[0], self._plan
         resolve(
             topk_idx_BK,
             lens_B,
@@ -115,11 +106,11 @@ class UncopiedCache(HotCache):
             self.slot_of_position_GSC[group],
             self.last_use_GSH[group],
             self.step_1,
-            plan.hot_idx_SK[part],
-            plan.miss_host_slot_SK[part],
-            plan.miss_device_row_SK[part],
-            self._counters.num_misses_GS[group, part],
-            self._fault_GS[group, part],
+            plan.hot_idx_SK[:batch],
+            plan.miss_host_slot_SK[:batch],
+            plan.miss_device_row_SK[:batch],
+            self._counters.num_misses_GS[group, :batch],
+            self._fault_GS[group, :batch],
             self.geometry.page_size,
             self.ring_rows,
             scores_BC=scores_BC,
@@ -198,9 +189,7 @@ class Bench:
             self.host, index, seats, cache, admission, warm_start=False
         )
         self.cache = cache
-        if fused_batch is not None:
-            cache.fused_batch = fused_batch
-        if not has_side_stream:
+        if point.mode == "serial":
             cache._side = SideStream(torch.device("cpu"))
         self._set_trace()
         runner = StepRunner(
@@ -328,12 +317,14 @@ def points(args: argparse.Namespace, kv: KvGeometry) -> list[Point]:
             found += [point("fits", mode, batch, args.fits_context) for mode in ("resident", "hot")]
     if "swap" in args.suite:
         for batch in args.swap_batches:
-            found += [point("swap", m, batch, args.swap_context) for m in ("hot", "no-copy")]
+            found += [
+                point("swap", m, batch, args.swap_context) for m in ("hot", "serial", "no-copy")
+            ]
     return found
 
 
 def measure(model: Model, kv: KvGeometry, point: Point, args: argparse.Namespace) -> dict[str, Any]:
-    bench = Bench(model, kv, point, use_graphs=not args.no_graphs, fused_batch=args.fused_batch)
+    bench = Bench(model, kv, point, use_graphs=not args.no_graphs)
     result = bench.run() | {"seat_mb": round(seat_bytes(kv, point) / 1e6, 1)}
     if args.profile:
         shares = sorted(bench.kernels.items(), key=lambda share: -share[1])
@@ -364,12 +355,6 @@ def main() -> None:
     parser.add_argument("--swap-batches", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--hot-rows", type=int, default=4096)
     parser.add_argument("--misses", type=int, default=137)
-    parser.add_argument("--parts", type=int, nargs="+", help="parts of a step's rows to try")
-    parser.add_argument("--fused-batch", type=int, help="HotCache.fused_batch")
-    parser.add_argument("--copy-ctas", type=int, help="thread blocks of the copy of a plan")
-    parser.add_argument(
-        "--no-side-stream", action="store_true", help="swap in on the step's stream"
-    )
     parser.add_argument("--profile", action="store_true", help="print each kernel's share")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--device", default="cuda")
@@ -380,8 +365,6 @@ def main() -> None:
         num_dense_layers=args.dense_layers,
         num_experts=args.experts,
     )
-    if args.copy_ctas:
-        cuda_swap_in.PLAIN_CTAS = args.copy_ctas
     model = Model.random(
         config,
         dtype=getattr(torch, args.dtype),
@@ -391,14 +374,12 @@ def main() -> None:
     kv = geometry(config, KvSection(layout=args.layout))
     results = []
     for point in points(args, kv):
-        for parts in args.parts or (0,):
-            TracedContext.parts = parts
-            try:
-                result = measure(model, kv, point, args)
-            except (RuntimeError, AssertionError) as error:
-                result = asdict(point) | {"error": f"{type(error).__name__}: {error}"[:400]}
-            results.append(result | {"parts": parts or "auto"})
-            print(json.dumps(results[-1]), flush=True)
+        try:
+            results.append(measure(model, kv, point, args))
+        except (RuntimeError, AssertionError) as error:
+            message = f"{type(error).__name__}: {error}"[:400]
+            results.append(asdict(point) | {"error": message})
+        print(json.dumps(results[-1]), flush=True)
     if args.out:
         about = {
             "arguments": {k: str(v) for k, v in vars(args).items()},

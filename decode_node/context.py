@@ -22,9 +22,6 @@ from ..kernels.store_index_keys import store_index_keys
 from ..kernels.store_rows import store_rows
 from .hot_cache import HotCache
 
-PART_ROWS, MAX_PARTS, PART_CONTEXT = 16, 4, 16384
-"""A part has at least so many rows; below that context, scoring is too short to hide a copy."""
-
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
@@ -53,19 +50,10 @@ class StepBatch:
     topk_idx_BK: Tensor
 
 
-def num_parts(num_rows: int, context: int) -> int:
-    """Parts in which a step's rows are selected and fetched; measured, see docs/kernels.md."""
-    if context < PART_CONTEXT:
-        return 1
-    return min(MAX_PARTS, max(1, num_rows // PART_ROWS))
-
-
 class DecodeContext:
     """Implements model.context.AttentionContext for one decode step."""
 
     def __init__(self, cache: HotCache, host: HostPool, index: IndexPool, batch: StepBatch) -> None:
-        num_rows, context = batch.scores_BC.shape
-        self._part_rows = -(-num_rows // num_parts(num_rows, context))
         self._cache = cache
         self._host = host
         self._index = index
@@ -87,20 +75,16 @@ class DecodeContext:
         )
 
     def select(self, index_layer: int, query_TID: Tensor, weight_TI: Tensor) -> None:
-        """In parts of the batch: one part's missing rows are fetched while the next is scored."""
-        num_rows = query_TID.shape[0]
-        for first in range(0, num_rows, self._part_rows):
-            part = slice(first, min(first + self._part_rows, num_rows))
-            self._select(index_layer, part, query_TID[part], weight_TI[part])
-            self._cache.swap_in(
-                index_layer,
-                first,
-                self._batch.topk_idx_BK[part],
-                self._batch.lens_B[part],
-                self._batch.seats_B[part],
-                self._host.rows,
-                self._batch.scores_BC[part],
-            )
+        batch = self._batch
+        self._select(index_layer, query_TID, weight_TI)
+        self._cache.swap_in(
+            index_layer,
+            batch.topk_idx_BK,
+            batch.lens_B,
+            batch.seats_B,
+            self._host.rows,
+            batch.scores_BC,
+        )
 
     def attend(self, layer: int, q_latent_THC: Tensor, q_rope_THR: Tensor, scale: float) -> Tensor:
         hot_idx_BK = self._cache.hot_idx(layer, q_latent_THC.shape[0])
@@ -116,25 +100,23 @@ class DecodeContext:
         )
         return out_THC
 
-    def _select(self, index_layer: int, part: slice, query_BID: Tensor, weight_BI: Tensor) -> None:
-        """Writes `topk_idx_BK` of some rows."""
+    def _select(self, index_layer: int, query_BID: Tensor, weight_BI: Tensor) -> None:
+        """Writes `topk_idx_BK`."""
         batch, geometry = self._batch, self._cache.geometry
-        lens_B, topk_idx_BK = batch.lens_B[part], batch.topk_idx_BK[part]
-        topk = topk_idx_BK.shape[1]
+        topk = batch.topk_idx_BK.shape[1]
         # With no more positions than selected rows every order of scores selects the same.
         if batch.scores_BC.shape[1] <= topk:
             every_K = torch.arange(topk, dtype=torch.int32, device=query_BID.device)
-            topk_idx_BK.copy_(torch.where(every_K < lens_B[:, None], every_K, -1))
+            batch.topk_idx_BK.copy_(torch.where(every_K < batch.lens_B[:, None], every_K, -1))
             return
-        scores_BC = batch.scores_BC[part]
         index_logits(
             query_BID,
             weight_BI,
             self._index.data[index_layer],
-            batch.index_table_BP[part],
-            lens_B,
-            scores_BC,
+            batch.index_table_BP,
+            batch.lens_B,
+            batch.scores_BC,
             geometry.page_size,
             geometry.index.name,
         )
-        select_topk(scores_BC, lens_B, topk_idx_BK)
+        select_topk(batch.scores_BC, batch.lens_B, batch.topk_idx_BK)

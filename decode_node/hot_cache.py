@@ -33,14 +33,10 @@ from ..common.errors import InvariantError
 from ..common.layouts import KvGeometry
 from ..hostpool.side_stream import Mark, SideStream
 from ..kernels.copy_rows import copy_rows
-from ..kernels.resolve import resolve
 from ..kernels.swap_in import load_cache_to_device_buffer, swap_in
 from .hot_counters import HotCacheStats, HotCounters
 
 RING_PAGES = 2
-FUSED_BATCH = 8
-"""Rows up to which plan and first copy are one launch; above, the copy has a kernel of few thread
-blocks, beside which the queries are computed on the rest of the device."""
 
 
 class HotCache:
@@ -104,7 +100,6 @@ class HotCache:
         self.slot_of_position_GSC = table(groups, num_seats, pages * geometry.page_size, fill=-1)
         self.last_use_GSH = table(groups, num_seats, hot_rows, fill=0)
         self.step_1 = table(1, fill=0)
-        self.fused_batch = FUSED_BATCH
         self.is_resident = hot_rows >= max_context
         self._fault_GS = table(groups, num_seats, fill=0)
         self._plan = _Plan.empty(num_seats, topk, device)
@@ -163,7 +158,6 @@ class HotCache:
     def swap_in(
         self,
         group: int,
-        first_row: int,
         topk_idx_BK: Tensor,
         lens_B: Tensor,
         seats_B: Tensor,
@@ -172,10 +166,7 @@ class HotCache:
     ) -> None:
         """Plans the group's step and starts the copies of its layers' missing rows.
 
-        May be called for parts of a step's rows, one behind the other.
-
         Args:
-            first_row: row of the step at which this part begins.
             topk_idx_BK: int32, selected positions, -1 = none; not changed before `hot_idx`.
             lens_B: int64, sequence lengths, the newest token included.
             seats_B: int64, seat of each batch row, -1 = padded.
@@ -187,27 +178,26 @@ class HotCache:
         self._group = group
         if self.is_resident:
             base_B1 = (seats_B * self.seat_rows).to(torch.int32)[:, None]
-            hot_idx_BK = self._plan.hot_idx_SK[first_row : first_row + topk_idx_BK.shape[0]]
+            hot_idx_BK = self._plan.hot_idx_SK[: topk_idx_BK.shape[0]]
             hot_idx_BK.copy_(torch.where(topk_idx_BK >= 0, topk_idx_BK + base_B1, -1))
             return
         with self._side.fork():
             scores = scores_BC if self._by_score else None
-            self._plan_and_copy(group, first_row, topk_idx_BK, lens_B, seats_B, host_rows, scores)
+            self._plan_and_copy(group, topk_idx_BK, lens_B, seats_B, host_rows, scores)
 
     def _plan_and_copy(
         self,
         group: int,
-        first_row: int,
         topk_idx_BK: Tensor,
         lens_B: Tensor,
         seats_B: Tensor,
         host_rows: Tensor,
         scores_BC: Tensor | None,
     ) -> None:
-        part = slice(first_row, first_row + topk_idx_BK.shape[0])
+        batch = topk_idx_BK.shape[0]
         first, *others = self._layers_of_group[group]
-        plan, num_misses_B = self._plan, self._counters.num_misses_GS[group, part]
-        misses = (plan.miss_host_slot_SK[part], plan.miss_device_row_SK[part], num_misses_B)
+        plan, num_misses_B = self._plan, self._counters.num_misses_GS[group, :batch]
+        misses = (plan.miss_host_slot_SK[:batch], plan.miss_device_row_SK[:batch], num_misses_B)
         tensors = (
             topk_idx_BK,
             lens_B,
@@ -218,17 +208,13 @@ class HotCache:
             self.slot_of_position_GSC[group],
             self.last_use_GSH[group],
             self.step_1,
-            plan.hot_idx_SK[part],
+            plan.hot_idx_SK[:batch],
             *misses,
-            self._fault_GS[group, part],
+            self._fault_GS[group, :batch],
         )
         sizes = (self.geometry.page_size, self.ring_rows)
-        if topk_idx_BK.shape[0] <= self.fused_batch:
-            rows = (host_rows[first], self.rows[first])
-            swap_in(*tensors, *rows, *sizes, scores_BC=scores_BC)
-        else:
-            resolve(*tensors, *sizes, scores_BC=scores_BC)
-            load_cache_to_device_buffer(host_rows[first], self.rows[first], *misses)
+        rows = (host_rows[first], self.rows[first])
+        swap_in(*tensors, *rows, *sizes, scores_BC=scores_BC)
         self._copied_L[first] = self._side.mark()
         for layer in others:
             load_cache_to_device_buffer(host_rows[layer], self.rows[layer], *misses)
