@@ -16,7 +16,6 @@ from torch import Tensor
 from tidepool.common.errors import KernelError
 from tidepool.common.layouts import IndexLayout, RowLayout
 from tidepool.hostpool.memory import allocate_host
-from tidepool.kernels import attention, flashmla
 from tidepool.kernels.copy_rows import copy_rows
 from tidepool.kernels.index_logits import index_logits, index_logits_chunk
 from tidepool.kernels.select_topk import select_topk
@@ -34,7 +33,6 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.cuda.synchronize()
-    attention.use("auto")
 
 
 def relative_error(have: Tensor, want: Tensor) -> float:
@@ -330,134 +328,7 @@ def test_index_logits_of_a_chunk_agree(case: LogitsCase) -> None:
     assert bool((have[0] == 7).all()) and bool((have[-1] == 7).all())
 
 
-# sparse_mla
-
-
-@dataclass(frozen=True)
-class MlaCase:
-    layout: str = "mla_bf16"
-    batch: int = 3
-    heads: int = 128
-    topk: int = 2048
-    latent: int = 512
-    rope: int = 64
-    pattern: str = "random"
-    dtype: torch.dtype = torch.bfloat16
-
-
-MLA_CASES = [
-    MlaCase(),
-    MlaCase(batch=1),
-    MlaCase(batch=8, heads=64),
-    MlaCase(batch=80, topk=256),
-    MlaCase(batch=200, heads=16, topk=128),
-    MlaCase(heads=8, topk=100),
-    MlaCase(heads=4, topk=128, dtype=torch.float32),
-    MlaCase(heads=20, topk=33),
-    MlaCase(pattern="holes"),
-    MlaCase(pattern="none"),
-    MlaCase(pattern="duplicates", topk=200),
-    MlaCase(pattern="short", topk=2048),
-    MlaCase(batch=600, heads=8, topk=384, pattern="short"),
-    MlaCase("mla_fp8"),
-    MlaCase("mla_fp8", batch=1),
-    MlaCase("mla_fp8", batch=600, heads=8, topk=384, pattern="prefix"),
-    MlaCase("mla_fp8", pattern="none"),
-    MlaCase("mla_fp8", pattern="holes"),
-    MlaCase("mla_fp8", batch=5, heads=64, topk=130, pattern="duplicates"),
-    MlaCase("mla_fp8", heads=8, pattern="holes", topk=300),
-    MlaCase("mla_fp8", batch=70, heads=64, topk=200),
-    MlaCase("mla_fp32", heads=4, topk=130, pattern="holes", dtype=torch.float32),
-    MlaCase(latent=32, rope=16, heads=4, topk=16),
-    MlaCase(topk=0),
-]
-
-
-def row_idx_of(case: MlaCase, num_rows: int) -> Tensor:
-    idx = torch.randint(1, num_rows, (case.batch, case.topk), dtype=torch.int32)
-    if case.pattern == "holes":
-        idx[torch.rand(idx.shape) < 0.5] = -1
-        idx[0] = -1
-    elif case.pattern == "none":
-        idx.fill_(-1)
-    elif case.pattern == "duplicates":
-        idx[:] = idx[:, :1]
-        idx[:, ::2] = 1
-    elif case.pattern == "prefix":
-        idx[torch.arange(case.topk) > torch.arange(case.batch)[:, None]] = -1
-    elif case.pattern == "short":
-        idx[:, 70:] = -1
-    return idx
-
-
-def backend_or_skip(backend: str) -> None:
-    """Makes attention go to `backend`; skips where its wheel is not installed."""
-    if backend == "flashmla_sparse" and flashmla.missing():
-        pytest.skip(flashmla.missing())
-    attention.use(backend)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("backend", ["auto", "cuda", "flashmla_sparse", "triton", "reference"])
-@pytest.mark.parametrize("case", MLA_CASES, ids=str)
-def test_sparse_mla_agrees_and_reads_no_other_row(case: MlaCase, backend: str) -> None:
-    backend_or_skip(backend)
-    num_rows = 3008
-    row = RowLayout(case.layout, case.latent, case.rope)  # type: ignore[arg-type]
-    rows = torch.empty(num_rows, row.row_bytes, dtype=torch.uint8)
-    values = torch.randn(num_rows, case.latent), torch.randn(num_rows, case.rope)
-    store_rows(*values, torch.arange(num_rows), rows, case.layout)
-    rows[0] = 0xFF
-    idx = row_idx_of(case, num_rows)
-    latent = torch.randn(case.heads, case.batch, case.latent).to(case.dtype).transpose(0, 1)
-    both = torch.randn(case.batch, case.heads, case.rope + 24).to(case.dtype)
-    rope = both[..., 24:]
-    want = torch.full((case.batch, case.heads, case.latent), 7.0)
-    have = torch.full((case.batch + 2, case.heads, case.latent), 7.0, device="cuda").to(case.dtype)
-    sparse_mla(latent, rope, rows, idx, 0.06, case.layout, want)
-    sparse_mla(
-        latent.cuda(), both.cuda()[..., 24:], rows.cuda(), idx.cuda(), 0.06, case.layout, have[1:-1]
-    )
-    tolerance = 1e-5 if case.layout == "mla_fp32" else 1e-2
-    assert relative_error(have[1:-1], want) < tolerance
-    assert bool((have[0] == 7).all()) and bool((have[-1] == 7).all())
-
-
 # Graphs
-
-
-@pytest.mark.parametrize("layout", ["mla_bf16", "mla_fp8"])
-@pytest.mark.parametrize("backend", ["cuda", "flashmla_sparse", "triton"])
-def test_attention_in_a_graph_sees_new_inputs_at_each_replay(backend: str, layout: str) -> None:
-    backend_or_skip(backend)
-    row = RowLayout(layout, 512, 64)  # type: ignore[arg-type]
-    rows = torch.empty(1024, row.row_bytes, dtype=torch.uint8, device="cuda")
-    slots = torch.arange(1024, device="cuda")
-    idx = torch.randint(0, 1024, (3, 256), dtype=torch.int32, device="cuda")
-    q = torch.randn(3, 64, 576, device="cuda").bfloat16()
-    out = torch.empty(3, 64, 512, dtype=torch.bfloat16, device="cuda")
-
-    def call() -> None:
-        sparse_mla(q[..., :512], q[..., 512:], rows, idx, 0.05, layout, out)
-
-    def fill() -> Tensor:
-        store_rows(torch.randn(1024, 512).cuda(), torch.randn(1024, 64).cuda(), slots, rows, layout)
-        q.copy_(torch.randn(q.shape))
-        idx.copy_(torch.randint(0, 1024, idx.shape, dtype=torch.int32))
-        want = torch.empty(out.shape)
-        both = q.cpu()
-        sparse_mla(both[..., :512], both[..., 512:], rows.cpu(), idx.cpu(), 0.05, layout, want)
-        return want
-
-    fill()
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    for _ in range(3):
-        want = fill()
-        out.fill_(7)
-        graph.replay()
-        assert relative_error(out.float(), want) < 1e-2
 
 
 def test_the_decode_ops_run_inside_a_captured_graph() -> None:
