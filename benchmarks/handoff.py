@@ -312,6 +312,7 @@ class Bench:
         self.channel = self.end.transport.open(data_address)
         self.socket = socket.create_connection((HOST, port))
         self.number = 0
+        self.is_device_registered = False
         if setup.path == "shared":
             self.end.control.connect("decode", self.address)
             while not self.end.paths.num_opened:
@@ -324,6 +325,8 @@ class Bench:
         self.end.control.stop()
         self.end.mover.stop()
         self.end.transport.close()
+        for mirror in self.end.mirrors:
+            mirror.close()
 
     def offer(self, target_pages: list[int], num_tokens: int) -> tuple[str, int]:
         self.number += 1
@@ -368,9 +371,11 @@ class Bench:
         self.end.wait_for(ExportReleased)
         self.pipe.recv()
 
-    def raw(self, num_bytes: int, block: int = 1 << 20, in_flight: int = 8) -> float:
-        """Seconds the bare engine takes for `num_bytes` in blocks."""
-        source = self.end.regions[0].base_address
+    def raw(
+        self, num_bytes: int, block: int = 1 << 20, in_flight: int = 8, source: int = 0
+    ) -> float:
+        """Seconds the bare engine takes for `num_bytes` in blocks; from host memory by default."""
+        source = source or self.end.regions[0].base_address
         writes = deque(
             Write(source + at, self.target + at, min(block, num_bytes - at))
             for at in range(0, num_bytes, block)
@@ -388,6 +393,15 @@ class Bench:
             else:
                 raise RuntimeError(f"a write ended {status.value}")
         return time.perf_counter() - begin
+
+    def raw_from_device(self, num_bytes: int) -> float:
+        """Seconds the bare engine takes from GPU memory."""
+        region = self.end.mirrors[0].device_region()
+        if not self.is_device_registered:
+            self.is_device_registered = True
+            size = region.num_layers * region.num_pages * region.page_bytes
+            self.end.transport.register(region.base_address, size)
+        return self.raw(num_bytes, source=region.base_address)
 
     def plain(self, num_bytes: int) -> float:
         """Seconds for a plain socket, acknowledged each SOCKET_BYTES, two under way."""
@@ -414,11 +428,13 @@ def rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
             touch(bench.end.mirrors, source)
             bench.send(source, target)
             bench.raw(num_bytes)
-            ours, raw, plain = [], [], []
+            ours, raw, plain, direct = [], [], [], []
             for _ in range(rounds):
                 raw.append(num_bytes / bench.raw(num_bytes) / 1e9)
                 ours.append(num_bytes / bench.send(source, target) / 1e9)
                 plain.append(num_bytes / bench.plain(num_bytes) / 1e9)
+                if setup.device == "cuda" and setup.path == "wire":
+                    direct.append(num_bytes / bench.raw_from_device(num_bytes) / 1e9)
             writes = [
                 write
                 for region in bench.end.regions
@@ -435,6 +451,7 @@ def rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
                 "gb_s": statistics.median(ours),
                 "raw_gb_s": statistics.median(raw),
                 "socket_gb_s": statistics.median(plain),
+                "direct_gb_s": statistics.median(direct) if direct else None,
                 "of_raw": statistics.median(a / b for a, b in zip(ours, raw, strict=True)),
                 "all": [ours, raw, plain],
             }

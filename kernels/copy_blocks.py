@@ -23,13 +23,10 @@ from .cuda_library import CudaLibrary, fields, stream_of
 Block = tuple[int, int, int]
 """(source address, target address, bytes)."""
 
-ENGINE_BYTES = 256 * 1024
-"""From this mean size on the copy engine is as fast as the kernel, and takes no processor from the
-model."""
+ENGINE_BYTES = 512 * 1024
+"""From this size on the copy engine is as fast as the kernel, and takes no processor from the model."""
 NUM_CTAS = 32
 """Of the kernel: several times what the link to the host needs."""
-NUM_PEER_CTAS = 96
-"""For blocks that do not leave GPU memory, over NVLink or inside one device."""
 
 _LIBRARY = CudaLibrary("blocks.cu", lambda library, _: library.tidepool_prepare())
 
@@ -45,7 +42,7 @@ class BlockCopier:
 
     Args:
         device: whose stream copies.
-        engine_bytes: mean bytes of a block from which the copy engine is used.
+        engine_bytes: bytes of a block from which the copy engine is used.
     """
 
     def __init__(
@@ -86,24 +83,28 @@ class BlockCopier:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _launch(self, blocks: Sequence[Block]) -> None:
+        large = [block for block in blocks if block[2] >= self._engine_bytes]
+        small = (
+            blocks if not large else [block for block in blocks if block[2] < self._engine_bytes]
+        )
         library = _LIBRARY.on(self._device)
-        sources, targets, sizes = zip(*blocks, strict=True)
-        count, total = len(blocks), sum(sizes)
-        params = CopyBlocksParams(None, count, max(sizes))
-        if total >= self._engine_bytes * count:
+        stream = stream_of(self._device)
+        if large:
+            sources, targets, sizes = zip(*large, strict=True)
+            count = len(large)
             pointers, lengths = ctypes.c_void_p * count, ctypes.c_size_t * count
             code = library.tidepool_copy_blocks_engine(
                 pointers(*targets),
                 pointers(*sources),
                 lengths(*sizes),
                 ctypes.c_size_t(count),
-                stream_of(self._device),
+                stream,
             )
-        else:
-            table = torch.tensor([sources, targets, sizes], dtype=torch.int64).pin_memory()
+            _LIBRARY.check("copy_blocks", code, CopyBlocksParams(None, count, max(sizes)))
+        if small:
+            columns = list(zip(*small, strict=True))
+            table = torch.tensor(columns, dtype=torch.int64).pin_memory()
             on_device = table.to(self._device, non_blocking=True)
-            params.blocks = on_device.data_ptr()
-            code = library.tidepool_copy_blocks(
-                ctypes.byref(params), self._num_ctas, stream_of(self._device)
-            )
-        _LIBRARY.check("copy_blocks", code, params)
+            params = CopyBlocksParams(on_device.data_ptr(), len(small), max(columns[2]))
+            code = library.tidepool_copy_blocks(ctypes.byref(params), self._num_ctas, stream)
+            _LIBRARY.check("copy_blocks", code, params)

@@ -1,9 +1,16 @@
-"""xxh3_64 over memory at raw addresses. Runs on the mover's thread; host memory only."""
+"""xxh3_64 over memory at raw addresses; host memory only.
+
+Asked for by the mover's thread. Where the machine has cores to spare, several parts are hashed at a
+time, on threads that hold the GIL only between segments.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import xxhash
 
@@ -22,5 +29,28 @@ def checksum(segments: Iterable[Segment]) -> int:
     return int(state.intdigest())
 
 
-def num_bytes_of(segments: Iterable[Segment]) -> int:
-    return sum(num_bytes for _, num_bytes in segments)
+def next_parts(
+    parts: Sequence[Sequence[Segment]], first: int, max_bytes: int
+) -> Sequence[Sequence[Segment]]:
+    """Parts from `first` on, as many as it takes to reach `max_bytes`."""
+    end, num_bytes = first, 0
+    while end < len(parts) and num_bytes < max_bytes:
+        num_bytes += sum(size for _, size in parts[end])
+        end += 1
+    return parts[first:end]
+
+
+def checksums(parts: Sequence[Sequence[Segment]]) -> list[int]:
+    """The checksum of each part."""
+    if len(parts) < 2 or NUM_THREADS < 2:
+        return [checksum(part) for part in parts]
+    return list(_pool().map(checksum, parts))
+
+
+NUM_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+"""Leaves most cores to the model and to the engine that moves the bytes."""
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="checksum")

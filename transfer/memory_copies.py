@@ -61,8 +61,7 @@ class MemoryTransport(Transport):
         return Channel(peer_data_address, self._batch_bytes, is_limited=False)
 
     def submit(self, channel: Channel, writes: Sequence[Write]) -> Ticket:
-        blocks = [(write.source, write.target, write.num_bytes) for write in writes]
-        return _Copying(self._copy(blocks))
+        return _Copying(self._copy(writes))
 
     def poll(self, ticket: Ticket) -> TicketStatus:
         assert isinstance(ticket, _Copying)

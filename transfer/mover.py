@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from ..common.clock import Clock, MonotonicClock
 from ..common.config import TransferSection
 from ..common.errors import TransferError
-from .checksum import checksum, num_bytes_of
+from .checksum import NUM_THREADS, checksums, next_parts
 from .jobs import VerifyJob, WriteJob, WriteResult
 from .transport import Channel, Ticket, TicketStatus, Transport, Write
 
@@ -32,7 +32,7 @@ _LOGGER = logging.getLogger(__name__)
 POLL_S = 0.0003
 _SLOW_POLL_S = 0.05
 """While only a peer that does not answer is waited for."""
-_SLICE_BYTES = 1024 * 1024
+_SLICE_BYTES = NUM_THREADS * 1024 * 1024
 """Hashed between two looks at what is in flight: about 0.1 ms."""
 _MAX_JOBS = 65536
 _NO_LIMIT = 1 << 30
@@ -260,12 +260,11 @@ class Mover:
         """Hashes one slice; True once the job has ended."""
         job = task.job
         is_good = len(job.parts) == len(job.expected)
-        num_bytes = 0
-        while is_good and task.num_hashed < len(job.parts) and num_bytes < _SLICE_BYTES:
-            part = job.parts[task.num_hashed]
-            is_good = checksum(part) == job.expected[task.num_hashed]
-            num_bytes += num_bytes_of(part)
-            task.num_hashed += 1
+        if is_good:
+            done = task.num_hashed
+            found = checksums(next_parts(job.parts, done, _SLICE_BYTES))
+            task.num_hashed += len(found)
+            is_good = found == list(job.expected[done : task.num_hashed])
         if is_good and task.num_hashed < len(job.parts):
             return False
         if not is_good:
@@ -278,11 +277,7 @@ class Mover:
         task = next(self._unhashed(), None)
         if task is None:
             return
-        num_bytes = 0
-        while not task.is_hashed and num_bytes < _SLICE_BYTES:
-            part = task.job.parts[len(task.checksums)]
-            task.checksums.append(checksum(part))
-            num_bytes += num_bytes_of(part)
+        task.checksums += checksums(next_parts(task.job.parts, len(task.checksums), _SLICE_BYTES))
         if task.is_hashed and task in self._flying:
             self._land_one(task)
 

@@ -52,18 +52,21 @@ def plan_writes(
 
     Pages contiguous on both sides go in one write, split at `max_write_bytes`.
     """
-    runs = list(_common_runs(source_pages, target_pages))
     size = source.page_bytes
+    pieces = [
+        (
+            first_source * size + start,
+            first_target * size + start,
+            min(max_write_bytes, count * size - start),
+        )
+        for first_source, first_target, count in _common_runs(source_pages, target_pages)
+        for start in range(0, count * size, max_write_bytes)
+    ]
     for layer in range(source.num_layers):
-        source_base = source.base_address + layer * source.num_pages * size
-        target_base = target.base_address + layer * target.num_pages * size
-        for first_source, first_target, count in runs:
-            for start in range(0, count * size, max_write_bytes):
-                yield Write(
-                    source=source_base + first_source * size + start,
-                    target=target_base + first_target * size + start,
-                    num_bytes=min(max_write_bytes, count * size - start),
-                )
+        from_base = source.base_address + layer * source.num_pages * size
+        to_base = target.base_address + layer * target.num_pages * size
+        for from_offset, to_offset, num_bytes in pieces:
+            yield Write(from_base + from_offset, to_base + to_offset, num_bytes)
 
 
 def _common_runs(left: Sequence[int], right: Sequence[int]) -> Iterator[tuple[int, int, int]]:
