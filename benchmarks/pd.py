@@ -163,10 +163,14 @@ class Front:
     def on_message(self, peer: Peer, message: wire.Message) -> bool:
         now_s = time.monotonic()
         with self.changed:
+            if not isinstance(message, (wire.Tokens, wire.Finish)):
+                return False
+            seen = self.seen.get(message.request_id)
+            if seen is None:
+                return True  # of a request that another node has ended before
             if isinstance(message, wire.Tokens):
-                self.seen[message.request_id].token_s += [now_s] * len(message.tokens)
-            elif isinstance(message, wire.Finish):
-                seen = self.seen[message.request_id]
+                seen.token_s += [now_s] * len(message.tokens)
+            else:
                 seen.is_over = True
                 if message.reason == "error":
                     seen.error = f"{message.status} {message.detail}"
