@@ -143,9 +143,11 @@ def peer_rows() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--peer-only", action="store_true")
     arguments = parser.parse_args()
     torch.cuda.set_device(0)
-    rows = [row for name, size in PAGE_BYTES.items() for row in host_rows(name, size)]
+    sizes = {} if arguments.peer_only else PAGE_BYTES
+    rows = [row for name, size in sizes.items() for row in host_rows(name, size)]
     if torch.cuda.device_count() > 1:
         rows += peer_rows()
     for row in rows:

@@ -417,14 +417,19 @@ class Bench:
         return (time.perf_counter() - begin) * num_bytes / (blocks * SOCKET_BYTES)
 
 
-def rates(setup: Setup, rounds: int) -> list[dict[str, Any]]:
+def rates(
+    setup: Setup, rounds: int, checksums: str, names: list[str] | None
+) -> list[dict[str, Any]]:
     """One entry for each kind of pages and of checksums."""
     rows: dict[Case, dict[str, Any]] = {}
     plans = soak(setup)
-    for has_checksums in (False, True) if setup.path == "wire" else (False,):
+    choices = {"off": (False,), "on": (True,), "both": (False, True)}[checksums]
+    for has_checksums in choices if setup.path == "wire" else (False,):
         bench = Bench(setup, has_checksums=has_checksums)
         num_bytes = TOKENS // PAGE_SIZE * bench.page_bytes
         for name, (source, target) in plans.items():
+            if names is not None and name not in names:
+                continue
             touch(bench.end.mirrors, source)
             bench.send(source, target)
             bench.raw(num_bytes)
@@ -506,6 +511,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--path", choices=("wire", "shared"), default="wire")
+    parser.add_argument("--pages", nargs="+", help="of: one run, median, 95th percentile, worst")
+    parser.add_argument("--checksums", choices=("on", "off", "both"), default="both")
     parser.add_argument("--pool-pages", type=int, default=4096)
     arguments = parser.parse_args()
     found: dict[str, Any] = {"rates": [], "overlap": []}
@@ -514,7 +521,7 @@ def main() -> None:
         Setup(layers, row_bytes, device, path, arguments.pool_pages) for row_bytes in arguments.rows
     ]
     for setup in setups:
-        found["rates"] += rates(setup, arguments.rounds)
+        found["rates"] += rates(setup, arguments.rounds, arguments.checksums, arguments.pages)
     for chunk_tokens in arguments.chunk:
         row = overlap(setups[0], chunk_tokens, arguments.rounds)
         print(json.dumps(row), flush=True)
