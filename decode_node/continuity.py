@@ -92,18 +92,17 @@ class Continuity:
             return []
         if not index.is_device:
             decode.coordinator.kept_keys = index
-        past = Reattached()
-        if not memory.is_fresh:
-            try:
-                past = reattach(decode, journal, index)
-            except Exception as error:
-                on_fatal(error)
-                raise
+        try:
+            past = Reattached() if memory.is_fresh else reattach(decode, journal, index)
+            aftermath = Aftermath(memory, decode.coordinator, lambda: decode.num_steps, clock.now)
+        except Exception as error:
+            on_fatal(error)
+            raise
         self.front_ids = past.front_ids
-        aftermath = Aftermath(memory, decode.coordinator, lambda: decode.num_steps, clock.now)
         decode.kept_stats = lambda: {
             **past.stats(),
             "pages_kept_from_guests": aftermath.num_kept_back,
+            "has_keeper": aftermath.has_keeper,
             "journal_live": journal.num_live,
             "journal_not_kept": journal.num_not_kept,
         }

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..common.errors import RequestError
+from ..common.errors import RequestError, SegmentError
 from ..hostpool.mirror import HostMirror
 from ..hostpool.pages import OwnerKind, PageLease
 from .coordinator import HiSparseCoordinator
@@ -32,7 +32,7 @@ from .journal import Journal, Record
 from .kept import PROOF_STEPS, KeptMemory
 from .sequence import Sequence
 
-GUEST_POLL_S = 0.2
+POLL_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +170,7 @@ class Aftermath:
         self._num_steps = num_steps
         self._now = now
         self._is_proven = False
+        self.has_keeper = True
         self._kept_back: list[PageLease] = []
         self._next_poll_s = 0.0
         if not kept.is_fresh and kept.link.num_earlier_guests():
@@ -187,13 +188,24 @@ class Aftermath:
         if not self._is_proven and self._num_steps() >= PROOF_STEPS:
             self._is_proven = True
             self._kept.segment.prove()
-        if self._kept_back and self._now() >= self._next_poll_s:
-            self._next_poll_s = self._now() + GUEST_POLL_S
-            if not self._kept.link.num_earlier_guests():
+        if self.has_keeper and self._now() >= self._next_poll_s:
+            self._next_poll_s = self._now() + POLL_S
+            self._poll()
+        return False
+
+    def _poll(self) -> None:
+        """Asks the keeper. Without one nobody can tell about its guests: they may live for ever."""
+        link = self._kept.link
+        try:
+            if self._kept_back and not link.num_earlier_guests():
                 for lease in self._kept_back:
                     lease.release(OwnerKind.REMOTE_WRITER)
                 self._kept_back = []
-        return False
+            self.has_keeper = link.is_alive
+        except SegmentError:
+            self.has_keeper = False
+        if not self.has_keeper:
+            log.error("the keeper has ended: if this process is killed, its KV is lost")
 
     def _keep_back(self, coordinator: HiSparseCoordinator) -> None:
         for pages in (coordinator.host.pages, coordinator.index.pages):

@@ -91,6 +91,16 @@ class KeeperLink:
         answer, _ = self._ask({"do": "guests"})
         return int(answer.get("earlier", 0))
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the keeper has not ended. Does not block."""
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def end(self) -> None:
         """The keeper ends, and what it holds with it; nothing if it is gone. The owner only."""
         with contextlib.suppress(SegmentError):

@@ -78,7 +78,16 @@ def cluster_table(view: dict[str, Any]) -> Table:
     table = Table(title=title)
     for name in ("node", "role", "state", "host", "pid", "epoch"):
         table.add_column(name)
-    for name in ("queued", "running", "parked", "pages free", "pages", "quarantined", "context"):
+    for name in (
+        "queued",
+        "running",
+        "parked",
+        "pages free",
+        "pages",
+        "quarantined",
+        "re-attached",
+        "context",
+    ):
         table.add_column(name, justify="right")
     for node in view["nodes"]:
         table.add_row(*_cells(node))
@@ -93,5 +102,6 @@ def _cells(node: dict[str, Any]) -> list[str]:
         *(str(node[name]) for name in names),
         *(str(load[name]) for name in loads),
         str(load["quarantined_pages"]),
+        str(node["stats"].get("reattached_requests", "")),
         str(node["max_context"]),
     ]

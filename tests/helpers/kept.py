@@ -47,9 +47,12 @@ class MortalJournal(Journal):
 
 
 class Life:
-    """One process of the node. `tokens`, `finishes`: what the front has of each request."""
+    """One process of the node; `node.tokens`, `node.finishes` are what the front has.
 
-    def __init__(self, path: Path | str, **overrides: Any) -> None:
+    `descriptor`: of a segment that another process has made with the same overrides, to be filled.
+    """
+
+    def __init__(self, path: Path | str, descriptor: int = -1, **overrides: Any) -> None:
         config = exact_config(path, **overrides)
         runtime = load_runtime(config)
         kv = runtime.geometry
@@ -60,7 +63,11 @@ class Life:
             "index": IndexPool.bytes_needed(kv, config.decode.index_tokens // kv.page_size),
             "journal": shape.num_bytes,
         }
-        segment = SharedSegment.create(parts, identity="", what="test")
+        segment = (
+            SharedSegment.create(parts, identity="", what="test")
+            if descriptor < 0
+            else SharedSegment.attach(descriptor)
+        )
         self._begin(config, runtime, segment, shape)
         self.sent: dict[str, Any] = {}
 
@@ -97,7 +104,8 @@ class Life:
         segment.begin_generation()
         life._begin(self.config, self.runtime, segment, self.shape)
         life.sent = self.sent
-        life.node.tokens, life.node.finishes = self.node.tokens, self.node.finishes
+        life.node.tokens.update(self.node.tokens)
+        life.node.finishes.update(self.node.finishes)
         life._forget_what_a_device_loses()
         coordinator = life.node.decode.coordinator
         life.past = reattach(life.node.decode, life.journal, coordinator.index.mirror())

@@ -10,9 +10,11 @@ import pytest
 from helpers.kept import Life
 from helpers.tiny_models import INDEX_TOPK, VETTED_SEEDS, prompt, session_checkpoint
 
+from tidepool.common.errors import SegmentError
 from tidepool.common.wire import UNKNOWN_ATTEMPT, Finish, OutputToken, PageRun, Resume
 from tidepool.decode_node.journal import Journal
-from tidepool.decode_node.reattach import reattach
+from tidepool.decode_node.kept import PROOF_STEPS, KeptMemory
+from tidepool.decode_node.reattach import Aftermath, reattach
 from tidepool.deploy.local import FRONT_ID
 
 SEED = VETTED_SEEDS["glm52"][0]
@@ -225,3 +227,77 @@ def test_reattaching_to_nothing_is_nothing(path: Path) -> None:
     life = Life(path, **SETTINGS)
     result = reattach(life.node.decode, life.journal, life.node.decode.coordinator.index.mirror())
     assert (result.num_sequences, result.num_ended, result.num_dropped) == (0, 0, 0)
+
+
+class FakeLink:
+    """A keeper as the owner sees it."""
+
+    is_alive = True
+    num_guests = 0
+
+    def num_earlier_guests(self) -> int:
+        if not self.is_alive:
+            raise SegmentError("the keeper does not answer")
+        return self.num_guests
+
+
+def aftermath_of(life: Life, link: FakeLink, *, is_fresh: bool = False) -> Aftermath:
+    kept = KeptMemory(life.segment, link, life.shape, is_fresh)  # type: ignore[arg-type]
+    decode = life.node.decode
+    return Aftermath(kept, decode.coordinator, lambda: decode.num_steps, life.node.clock.now)
+
+
+def test_pages_of_nobody_wait_for_guests_of_the_process_before(
+    path: Path, truth: dict[str, Any]
+) -> None:
+    life = Life(path, **SETTINGS)
+    ask_all(life)
+    assert life.run_until_killed(truth["num_bytes"] // 2)
+    life = life.next()
+    link = FakeLink()
+    link.num_guests = 2
+    aftermath = aftermath_of(life, link)
+    host, index = life.node.decode.coordinator.host.pages, life.node.decode.coordinator.index.pages
+    assert host.num_free == index.num_free == 0
+    assert aftermath.num_kept_back > 0
+    for _ in range(50):
+        life.node.step()
+        aftermath.step()
+    assert aftermath.num_kept_back > 0, "never by a timer"
+    link.num_guests = 0
+    life.node.clock.advance(1.0)
+    aftermath.step()
+    assert aftermath.num_kept_back == 0
+    life.ask_again()
+    assert not life.run_until_killed(2**40)
+    assert_is_truth(life, truth)
+
+
+def test_without_a_keeper_nobody_can_say_that_its_guests_are_gone(path: Path) -> None:
+    life = Life(path, **SETTINGS)
+    link = FakeLink()
+    link.num_guests = 1
+    aftermath = aftermath_of(life, link)
+    link.is_alive = False
+    for _ in range(3):
+        life.node.clock.advance(1.0)
+        aftermath.step()
+    assert not aftermath.has_keeper
+    assert aftermath.num_kept_back > 0
+
+
+def test_fresh_memory_waits_for_nobody(path: Path) -> None:
+    link = FakeLink()
+    link.num_guests = 1
+    assert aftermath_of(Life(path, **SETTINGS), link, is_fresh=True).num_kept_back == 0
+
+
+def test_a_process_that_has_decoded_some_steps_has_proven_the_memory(path: Path) -> None:
+    life = Life(path, **SETTINGS).next()
+    aftermath = aftermath_of(life, FakeLink())
+    assert life.segment.num_unproven == 2
+    life.ask("r", prompt(0, 9), max_tokens=PROOF_STEPS + 2)
+    while "r" not in life.node.finishes:
+        life.node.step()
+        aftermath.step()
+    assert life.segment.num_unproven == 0
