@@ -12,8 +12,8 @@ cuda prefill's pages lie on a GPU; with --path shared decode's lie in a segment 
 * Rate: from the moment all pages are ready to the moment prefill knows that decode has verified
   them; GB/s, writes and bytes a write, with checksums and without, on the pages that a soak of the
   pools leaves (one run; the median, 95th percentile and worst number of runs). In the same run and
-  round by round beside it: the bare engine with 1 MiB blocks between the same two processes, and a
-  plain socket (8 MiB sends, one connection).
+  round by round beside it, between the same two processes: the bare engine with 1 MiB blocks, the
+  bare engine with the same writes, and a plain socket (8 MiB sends, one connection).
 * Overlap: a prompt of LONG_TOKENS tokens in chunks of --chunk tokens, each ready when the one before
   has had 1.3 times its transfer time; from the last one's being ready to READY on decode, in
   transfer times of a chunk.
@@ -264,15 +264,8 @@ def serve_decode(pipe: Connection, setup: Setup, has_checksums: bool) -> None:
     end = End("decode", setup, has_checksums=has_checksums)
     sink = socket.create_server((HOST, 0))
     threading.Thread(target=drain, args=(sink,), daemon=True).start()
-    region = end.regions[0]
-    pipe.send(
-        (
-            end.control.address,
-            end.transport.data_address,
-            region.base_address,
-            sink.getsockname()[1],
-        )
-    )
+    port = sink.getsockname()[1]
+    pipe.send((end.control.address, end.transport.data_address, end.regions, port))
     while (pages := pipe.recv()) is not None:
         offer = end.wait_for(OfferArrived).offer
         runs = tuple(wire.PageRun(page, 1) for page in pages)
@@ -308,7 +301,8 @@ class Bench:
         self.peer = context.Process(target=serve_decode, args=(theirs, setup, has_checksums))
         self.peer.start()
         self.end = End("prefill", setup, has_checksums=has_checksums)
-        self.address, data_address, self.target, port = self.pipe.recv()
+        self.address, data_address, self.their_regions, port = self.pipe.recv()
+        self.target = self.their_regions[0].base_address
         self.channel = self.end.transport.open(data_address)
         self.socket = socket.create_connection((HOST, port))
         self.number = 0
@@ -376,11 +370,18 @@ class Bench:
     ) -> float:
         """Seconds the bare engine takes for `num_bytes` in blocks; from host memory by default."""
         source = source or self.end.regions[0].base_address
-        writes = deque(
-            Write(source + at, self.target + at, min(block, num_bytes - at))
-            for at in range(0, num_bytes, block)
+        return self.raw_writes(
+            [
+                Write(source + at, self.target + at, min(block, num_bytes - at))
+                for at in range(0, num_bytes, block)
+            ],
+            in_flight,
         )
-        transport, flying = self.end.transport, deque[Any]()
+
+    def raw_writes(self, planned: list[Write], in_flight: int = 16) -> float:
+        """Seconds the bare engine takes for just these writes, each with a ticket of its own."""
+        writes, flying = deque(planned), deque[Any]()
+        transport = self.end.transport
         begin = time.perf_counter()
         while writes or flying:
             while writes and len(flying) < in_flight:
@@ -393,6 +394,14 @@ class Bench:
             else:
                 raise RuntimeError(f"a write ended {status.value}")
         return time.perf_counter() - begin
+
+    def plan(self, source: list[int], target: list[int]) -> list[Write]:
+        """The writes of a request, as the exporter plans them for the wire."""
+        return [
+            write
+            for own, theirs in zip(self.end.regions, self.their_regions, strict=True)
+            for write in plan_writes(own, theirs, source, target, self.end.config.max_write_bytes)
+        ]
 
     def raw_from_device(self, num_bytes: int) -> float:
         """Seconds the bare engine takes from GPU memory."""
@@ -433,20 +442,15 @@ def rates(
             touch(bench.end.mirrors, source)
             bench.send(source, target)
             bench.raw(num_bytes)
-            ours, raw, plain, direct = [], [], [], []
+            ours, raw, plain, direct, same = [], [], [], [], []
+            writes = bench.plan(source, target)
             for _ in range(rounds):
                 raw.append(num_bytes / bench.raw(num_bytes) / 1e9)
                 ours.append(num_bytes / bench.send(source, target) / 1e9)
+                same.append(num_bytes / bench.raw_writes(writes) / 1e9)
                 plain.append(num_bytes / bench.plain(num_bytes) / 1e9)
                 if setup.device == "cuda" and setup.path == "wire":
                     direct.append(num_bytes / bench.raw_from_device(num_bytes) / 1e9)
-            writes = [
-                write
-                for region in bench.end.regions
-                for write in plan_writes(
-                    region, region, source, target, bench.end.config.max_write_bytes
-                )
-            ]
             rows[Case(name, has_checksums)] = {
                 **asdict(setup),
                 **asdict(Case(name, has_checksums)),
@@ -457,6 +461,7 @@ def rates(
                 "raw_gb_s": statistics.median(raw),
                 "socket_gb_s": statistics.median(plain),
                 "direct_gb_s": statistics.median(direct) if direct else None,
+                "same_writes_gb_s": statistics.median(same),
                 "of_raw": statistics.median(a / b for a, b in zip(ours, raw, strict=True)),
                 "all": [ours, raw, plain],
             }
