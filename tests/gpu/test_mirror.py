@@ -39,7 +39,7 @@ def test_pages_travel_both_ways_and_others_stay(engine_bytes: int) -> None:
     mirror.close()
 
 
-@pytest.mark.parametrize("engine_bytes", [1, 1 << 40], ids=["copy engine", "kernel"])
+@pytest.mark.parametrize("engine_bytes", [1, 8192, 1 << 40], ids=["copy engine", "both", "kernel"])
 @pytest.mark.parametrize("offset", [0, 8, 4, 1])
 def test_blocks_of_any_size_at_any_address_are_copied_bit_for_bit(
     engine_bytes: int, offset: int
