@@ -3,6 +3,7 @@
     {"op": "audit"}                          -> {"decode-0": {...stats}, "prefill-0": {"error": ...}}
     {"op": "info"}                           -> {"decode-0": {...info}, ...}
     {"op": "fronts"}                         -> {"front-0": {"pid": its process there}, ...}
+    {"op": "fence"}                          -> {"decode-0": {"is_asked": true}, ...}
     {"op": "alive"}                          -> {"nodes": number of machines Ray believes in}
     {"op": "stop"}                           -> {"stopped": true}, and the process ends
 
@@ -54,6 +55,10 @@ def answer(cluster: Cluster, operation: str) -> dict[str, Any]:
     if operation == "fronts":
         pids = {name: actor.pid.remote() for name, actor in cluster.fronts.actors.items()}
         return {name: {"pid": _get(pid)} for name, pid in pids.items()}
+    if operation == "fence":
+        decodes = {name: actor for name, actor in cluster.nodes.items() if "decode" in name}
+        asked = {name: actor.fence_writers.remote("a test") for name, actor in decodes.items()}
+        return {name: {"is_asked": _get(call)} for name, call in asked.items()}
     method = {"audit": "audit", "info": "info"}[operation]
     calls = {node_id: getattr(actor, method).remote() for node_id, actor in cluster.nodes.items()}
     return {node_id: _get(call) for node_id, call in calls.items()}

@@ -73,6 +73,7 @@ class RayCluster:
             **(settings or {}),
         }
         self._settings = _tree(overrides)
+        self.front_address = (front.address, FRONT_PORT)
         self.url = f"http://{front.address}:{FRONT_PORT}"
 
     # ---- start and end ----

@@ -111,6 +111,28 @@ def test_no_request_fails_when_a_process_hangs_and_goes_on(
     assert broken_by(hang).num_failed == 0
 
 
+def test_a_forced_fence_ends_quarantine_and_what_it_hits_is_tried_again(
+    broken_by, cluster: RayCluster, faults: Faults
+) -> None:
+    """A prefill node hangs among its writes; the other one's transfers are hit by the fence too."""
+
+    def num_quarantined() -> int:
+        nodes = cluster.view()["nodes"]
+        return sum(n["load"]["quarantined_pages"] for n in nodes if n["role"] == "decode")
+
+    def fence() -> None:
+        with faults.stopped_actor("prefill-0"):
+            wait_for(lambda: cluster.node_states()["prefill-0"] == "down", 30.0, "silence")
+            faults.note(f"{num_quarantined()} pages in quarantine; fencing")
+            cluster.ask("fence")
+            wait_for(lambda: num_quarantined() == 0, 30.0, "the end of quarantine")
+
+    before = [each["data_fences"] for each in cluster.audits().values() if "data_fences" in each]
+    assert broken_by(fence).num_failed == 0
+    after = [each["data_fences"] for each in cluster.audits().values() if "data_fences" in each]
+    assert all(new > old for new, old in zip(after, before, strict=True))
+
+
 def test_streams_do_not_notice_that_ray_hangs_on_a_host(
     broken_by, cluster: RayCluster, faults: Faults
 ) -> None:

@@ -8,7 +8,10 @@ outcome = traffic.end(since_s=...)
 
 from __future__ import annotations
 
+import json
 import random
+import socket
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +33,8 @@ NUM_PROMPTS = 4
 OUTPUT_TOKENS = 240
 LONG_PROMPT = 1200
 LONG_OUTPUT = 4
+MAX_STAY_S = 3.0
+"""Longer than most requests of clients that leave take, shorter than some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +103,31 @@ class Traffic:
 
 
 def come_and_go(cluster: RayCluster, rng: random.Random, count: int) -> None:
-    """`count` clients at once, each of which leaves at a random moment."""
-    lengths = (150, 400, 900)
-    asked = [question(rng.choice(lengths), rng.randrange(8), 60) for _ in range(count)]
-    streams = start_streams(cluster, asked)
-    for stream in rng.sample(streams, count):
-        time.sleep(rng.uniform(0.0, 0.1))
-        stream.close()
-    join(streams)
+    """`count` clients at once, each of which hangs up at a random moment: inside its body, in the
+    queue, in prefill, in the hand-off, between tokens; by a reset or by a close."""
+    leaving: list[tuple[float, socket.socket]] = []
+    with cluster.network.client_side():
+        for _ in range(count):
+            client = socket.create_connection(cluster.front_address, timeout=10.0)
+            request = _request(rng)
+            client.sendall(request[: len(request) // 2] if rng.random() < 0.1 else request)
+            if rng.random() < 0.5:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaving.append((time.monotonic() + rng.uniform(0.0, MAX_STAY_S), client))
+        for due_s, client in sorted(leaving, key=lambda each: each[0]):
+            time.sleep(max(0.0, due_s - time.monotonic()))
+            client.close()
+
+
+def _request(rng: random.Random) -> bytes:
+    """A completion of 150 to 900 prompt tokens and 60 output tokens, streamed or not."""
+    asked = question(rng.choice((150, 400, 900)), rng.randrange(8), 60)
+    body = json.dumps(asked.body(stream=rng.random() < 0.5)).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: front\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 def assert_nothing_grows(cluster: RayCluster, act: Callable[[], None], tries: int = 3) -> str:
