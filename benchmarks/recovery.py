@@ -40,6 +40,8 @@ OUTPUT_TOKENS = 110
 NUM_LEAVING = 20
 PARTITION_S = 6.0
 HEAD_DOWN_S = 3.0
+GOLDEN_RATIO = 0.618034
+"""Multiples of it are spread evenly over [0, 1), however many there are."""
 READY_TIMEOUT_S = 120.0
 SETTING = (
     "Five hosts as network namespaces on one machine; two prefill and two decode nodes, two fronts; "
@@ -55,12 +57,11 @@ SETTING = (
 class Bench:
     """One cluster, one fault after the other."""
 
-    def __init__(self, cluster: RayCluster, num_injections: int, seed: int) -> None:
+    def __init__(self, cluster: RayCluster, seed: int) -> None:
         self.cluster = cluster
         self.answers = Answers(cluster)
         self.rng = random.Random(seed)
         self.rows: dict[str, Row] = {}
-        self._num_injections = num_injections
         self._prompt_life_s = 2.5
 
     def inject(
@@ -77,8 +78,8 @@ class Bench:
         faults = Faults(self.cluster)
         before = self._quarantined()
         traffic = self._traffic()
-        share = (row.injections + self.rng.random()) / self._num_injections
-        traffic.begin(head_start_s=share % 1.0 * self._prompt_life_s)
+        share = row.injections * GOLDEN_RATIO % 1.0
+        traffic.begin(head_start_s=share * self._prompt_life_s)
         since_s = time.monotonic()
         act(faults)
         if measures_service:
@@ -268,7 +269,7 @@ def main() -> None:
     facts = facts_of("python " + " ".join(["benchmarks/recovery.py", *sys.argv[1:]]))
     deadline_s = time.monotonic() + 60 * options.minutes
     with multinode_cluster(ROLES, SETTINGS) as cluster:
-        bench = Bench(cluster, options.injections, options.seed)
+        bench = Bench(cluster, options.seed)
         bench.no_fault()  # the first one warms up
         known = load(options.out, facts)
         bench.rows = {row.fault: row for row in known.values() if row.commit == facts["commit"]}
