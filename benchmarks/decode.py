@@ -150,16 +150,7 @@ def fill(host: HostPool, index: IndexPool, cache: HotCache) -> None:
 class Bench:
     """One point's pools and engine."""
 
-    def __init__(
-        self,
-        model: Model,
-        kv: KvGeometry,
-        point: Point,
-        *,
-        use_graphs: bool,
-        fused_batch: int | None,
-        has_side_stream: bool = True,
-    ) -> None:
+    def __init__(self, model: Model, kv: KvGeometry, point: Point, *, use_graphs: bool) -> None:
         self.model, self.point = model, point
         device, config = model.device, model.config
         length = point.context + GROWTH
