@@ -16,7 +16,7 @@ from ..common.config import Config
 START_TIMEOUT_S = 180.0
 KEEP_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
-MAX_CALLS = 64
+MAX_CALLS = 8
 
 
 @dataclass(slots=True)
