@@ -3,10 +3,8 @@
     python benchmarks/device_copies.py --json out.json
 
 A chunk of 128 pages of 64 tokens of DeepSeek-V3.2's layout, 61 layers: KV rows of 656 B and of
-1152 B, and indexer keys (132 B), in runs of 1, 4, 16 and 128 pages, between a device pool and
-
-* pinned host memory, both ways: the copy engine (one batched call) and the kernel, by its CTAs;
-* the memory of a second GPU, if there is one, mapped into this process by CUDA IPC.
+1152 B, and indexer keys (132 B), in runs of 1, 4, 16 and 128 pages, between a device pool and pinned
+host memory, both ways: the copy engine (one batched call) and the kernel, by its CTAs.
 
 GB/s from the call to the event behind it, the host's planning of the copies not counted; medians of
 ROUNDS. Beside it one cudaMemcpyAsync of as many bytes.
@@ -20,12 +18,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import multiprocessing
 
 from tidepool.hostpool.memory import allocate_host
 from tidepool.hostpool.mirror import HostMirror
@@ -100,56 +96,12 @@ def host_rows(name: str, page_bytes: int) -> list[dict[str, Any]]:
     return rows
 
 
-def lend(pipe: Connection) -> None:
-    """The other process: owns memory of the second GPU."""
-    torch.cuda.set_device(1)
-    for page_bytes in PAGE_BYTES.values():
-        pool = torch.zeros(LAYERS, PAGES, page_bytes, dtype=torch.uint8, device="cuda:1")
-        pipe.send(pool)
-        pipe.recv()
-        pipe.send(int(pool.sum(dtype=torch.int64)))
-        pipe.recv()
-
-
-def peer_rows() -> list[dict[str, Any]]:
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=lend, args=(theirs,))
-    process.start()
-    rows = []
-    mirror = HostMirror.__new__(HostMirror)
-    for name, page_bytes in PAGE_BYTES.items():
-        target = ours.recv()
-        pool = torch.randint(1, 9, target.shape, dtype=torch.uint8, device="cuda:0")
-        num_bytes = LAYERS * CHUNK_PAGES * page_bytes
-        for length in RUNS:
-            blocks = list(mirror._blocks(pool, target, pages_in_runs(length)))
-            for by, copier in copiers(pool.device).items():
-                seconds = timed(lambda c=copier, b=blocks: c.copy(b))  # type: ignore[misc]
-                rows.append(
-                    {"what": name, "way": "peer", "run": length, "by": by}
-                    | {"gb_s": num_bytes / seconds / 1e9}
-                )
-        torch.cuda.synchronize()
-        touched = sorted({page for length in RUNS for page in pages_in_runs(length)})
-        ours.send("written")
-        arrived = ours.recv() == int(pool[:, touched].sum(dtype=torch.int64))
-        rows.append({"what": name, "way": "peer", "by": "bytes are right", "gb_s": arrived})
-        del target
-        ours.send("next")
-    process.join(20)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peer-only", action="store_true")
     arguments = parser.parse_args()
     torch.cuda.set_device(0)
-    sizes = {} if arguments.peer_only else PAGE_BYTES
-    rows = [row for name, size in sizes.items() for row in host_rows(name, size)]
-    if torch.cuda.device_count() > 1:
-        rows += peer_rows()
+    rows = [row for name, size in PAGE_BYTES.items() for row in host_rows(name, size)]
     for row in rows:
         print(row["what"], row["way"], row.get("run", ""), row["by"], round(row["gb_s"], 1))
     if arguments.json is not None:
