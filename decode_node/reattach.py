@@ -17,6 +17,7 @@ long as one that came before this process lives, pages that belong to no sequenc
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -194,18 +195,23 @@ class Aftermath:
         return False
 
     def _poll(self) -> None:
-        """Asks the keeper. Without one nobody can tell about its guests: they may live for ever."""
+        """Asks the keeper; one that is slow to answer is asked again.
+
+        Raises SegmentError, which ends the node, if the keeper has ended while pages are kept back:
+        nobody can tell about its guests any more, and a new process has memory of its own.
+        """
         link = self._kept.link
-        try:
+        with contextlib.suppress(SegmentError):
             if self._kept_back and not link.num_earlier_guests():
                 for lease in self._kept_back:
                     lease.release(OwnerKind.REMOTE_WRITER)
                 self._kept_back = []
-            self.has_keeper = link.is_alive
-        except SegmentError:
-            self.has_keeper = False
-        if not self.has_keeper:
-            log.error("the keeper has ended: if this process is killed, its KV is lost")
+        self.has_keeper = link.is_alive
+        if self.has_keeper:
+            return
+        log.error("the keeper has ended: if this process is killed, its KV is lost")
+        if self._kept_back:
+            raise SegmentError(f"the keeper ended with {self.num_kept_back} pages kept back")
 
     def _keep_back(self, coordinator: HiSparseCoordinator) -> None:
         for pages in (coordinator.host.pages, coordinator.index.pages):

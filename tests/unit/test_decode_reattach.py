@@ -233,10 +233,11 @@ class FakeLink:
     """A keeper as the owner sees it."""
 
     is_alive = True
+    is_slow = False
     num_guests = 0
 
     def num_earlier_guests(self) -> int:
-        if not self.is_alive:
+        if self.is_slow or not self.is_alive:
             raise SegmentError("the keeper does not answer")
         return self.num_guests
 
@@ -279,11 +280,25 @@ def test_without_a_keeper_nobody_can_say_that_its_guests_are_gone(path: Path) ->
     link.num_guests = 1
     aftermath = aftermath_of(life, link)
     link.is_alive = False
-    for _ in range(3):
-        life.node.clock.advance(1.0)
+    life.node.clock.advance(1.0)
+    with pytest.raises(SegmentError, match="kept back"):
         aftermath.step()
-    assert not aftermath.has_keeper
     assert aftermath.num_kept_back > 0
+
+
+def test_a_keeper_that_is_slow_to_answer_is_asked_again(path: Path) -> None:
+    life = Life(path, **SETTINGS)
+    link = FakeLink()
+    link.num_guests = 1
+    aftermath = aftermath_of(life, link)
+    link.is_slow = True
+    life.node.clock.advance(1.0)
+    aftermath.step()
+    assert aftermath.has_keeper
+    link.is_slow, link.num_guests = False, 0
+    life.node.clock.advance(1.0)
+    aftermath.step()
+    assert aftermath.num_kept_back == 0
 
 
 def test_fresh_memory_waits_for_nobody(path: Path) -> None:
