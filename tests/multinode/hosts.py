@@ -51,12 +51,15 @@ def run(*command: str) -> str:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or a zombie: its files are closed."""
+    """Whether a process is gone, or only its last thread is left, a zombie: its files are closed.
+
+    The first thread may be a zombie while others still hold the files.
+    """
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in "ZX" and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
     except (FileNotFoundError, ProcessLookupError):
         return True
-    return status.rpartition(")")[2].split()[0] in "ZX"
 
 
 class Host:
