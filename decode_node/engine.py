@@ -8,9 +8,8 @@ and the unified node (deploy/unified.py, from a local prefill) call `try_admit`,
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,13 +29,14 @@ from ..common.wire import (
     Tokens,
 )
 from ..model.model import Model
-from ..model.output import OutputRow, has_stopped, no_token_error
+from ..model.output import has_stopped, no_token_error
 from ..transfer.fronts import FrontGone
 from .coordinator import HiSparseCoordinator
+from .flight import Flight, FlownStep
 from .journal import NoJournal, SequenceLog
 from .scheduler import SeatScheduler
 from .sequence import RequestKey, Sequence, SequenceState
-from .step_runner import Launched, StepRunner
+from .step_runner import StepRunner
 
 MAX_FINISHED_RECORDS = 1024
 """Ended requests whose tokens can still be asked for again."""
@@ -45,14 +45,6 @@ log = logging.getLogger(__name__)
 
 Send = Callable[[str, AnyMessage], None]
 """send(node_id, message): to the live incarnation of that node, or dropped."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A launched step: each sequence with the index of the output token it fed."""
-
-    launched: Launched
-    fed: list[tuple[Sequence, int]]
 
 
 class DecodeEngine:
@@ -85,9 +77,8 @@ class DecodeEngine:
         self._coordinator = coordinator
         self._journal: SequenceLog = journal or NoJournal()
         coordinator.backup.on_durable = self._journal.durable
-        self._runner = runner
+        self._flight = Flight(coordinator, runner)
         self._is_overlapped = is_overlapped
-        self._in_flight: deque[_Step] = deque()
         self._ending: set[RequestKey] = set()
         self._send = send
         self._clock = clock
@@ -177,16 +168,7 @@ class DecodeEngine:
         if sequence is None:
             return
         self.num_failed += 1
-        finish = Finish(
-            request_id=key[0],
-            attempt=key[1],
-            reason="error",
-            num_tokens=len(sequence.output),
-            status=error.status,
-            code=error.code,
-            detail=str(error),
-            can_retry=can_retry,
-        )
+        finish = _error(key, error, len(sequence.output), can_retry=can_retry)
         self._end(sequence, SequenceState.FAILED, finish)
 
     def hand_over(self, error: RequestError) -> None:
@@ -218,7 +200,7 @@ class DecodeEngine:
         if batch:
             self._guarded(batch, partial(self._launch, batch))
         keep = 1 if batch and self._is_overlapped else 0
-        has_read = len(self._in_flight) > keep
+        has_read = len(self._flight) > keep
         self._settle(keep)
         return bool(batch) or has_read
 
@@ -261,7 +243,7 @@ class DecodeEngine:
             "output_tokens": self.num_tokens,
             "parks": self._scheduler.num_parks,
             "failed_requests": self.num_failed,
-            "steps_in_flight": len(self._in_flight),
+            "steps_in_flight": len(self._flight),
             **self.extra_stats(),
             **self.kept_stats(),
         }
@@ -275,49 +257,33 @@ class DecodeEngine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._sequences and not self._in_flight and not self._ending
+        return not self._sequences and not self._flight and not self._ending
 
     # One step
 
     def _launch(self, batch: list[Sequence]) -> None:
-        coordinator = self._coordinator
-        rows = [coordinator.seat_row(sequence) for sequence in batch]
-        outputs = [
-            OutputRow(sequence.sampling, sequence.kv_len + 1, sequence.next_index + 1)
-            for sequence in batch
-        ]
-        launched = self._runner.launch(rows, outputs)
+        self._flight.launch(batch)
         self.num_steps += 1
-        step = _Step(launched, [(sequence, sequence.next_index) for sequence in batch])
-        for sequence in batch:
-            sequence.kv_len += 1
-            sequence.in_flight += 1
-        self._in_flight.append(step)
-        coordinator.finish_step(batch)
 
     def _settle(self, keep: int = 0) -> None:
         """Reads the results of all but the `keep` newest steps in flight."""
-        while len(self._in_flight) > keep:
-            step = self._in_flight.popleft()
-            self._guarded([sequence for sequence, _ in step.fed], partial(self._read, step))
+        while len(self._flight) > keep:
+            step = self._flight.pop()
+            self._guarded(step.sequences, partial(self._read, step))
 
-    def _read(self, step: _Step) -> None:
+    def _read(self, step: FlownStep) -> None:
         """Appends the step's tokens; what a sequence did after its end is dropped."""
-        try:
-            results = step.launched.results()
-        finally:
-            for sequence, _ in step.fed:
-                sequence.in_flight -= 1
-        for (sequence, fed_index), (token, fault) in zip(step.fed, results, strict=True):
+        for result in self._flight.read(step):
+            sequence = result.sequence
             if sequence.has_ended:
                 self._release_ended(sequence)
-            elif fault:
-                self._fault(sequence, fault)
-            elif token.token_id < 0:
+            elif result.fault:
+                self._fault(sequence, result.fault)
+            elif result.token.token_id < 0:
                 self.fail(sequence.key, no_token_error(), can_retry=True)
-            elif fed_index + 1 == len(sequence.output):
+            elif result.index == len(sequence.output):
                 sequence.tokens_since_seated += 1
-                self._append(sequence, token)
+                self._append(sequence, result.token)
 
     def _guarded(self, batch: list[Sequence], run: Callable[[], None]) -> None:
         """A step that raises fails its sequences; the node goes on, unless its device is lost."""
@@ -387,7 +353,12 @@ class DecodeEngine:
         elif key in self._finished:
             output, finish = self._finished[key]
         else:
-            self._send(event.front_id, _unknown(key))
+            gone = RequestError(
+                "the decode node does not have this attempt (any more)",
+                status=503,
+                code=UNKNOWN_ATTEMPT,
+            )
+            self._send(event.front_id, _error(key, gone, 0, can_retry=True))
             return
         missed = tuple(output[event.next_index :])
         if missed or finish is None:  # nothing missed is an answer too: the attempt is alive
@@ -417,15 +388,14 @@ class DecodeEngine:
             self.fail(sequence.key, reason, can_retry=True)
 
 
-def _unknown(key: RequestKey) -> Finish:
-    """The answer to a front that asks for an attempt which this process does not have."""
+def _error(key: RequestKey, error: RequestError, num_tokens: int, *, can_retry: bool) -> Finish:
     return Finish(
         request_id=key[0],
         attempt=key[1],
         reason="error",
-        num_tokens=0,
-        status=503,
-        code=UNKNOWN_ATTEMPT,
-        detail="the decode node does not have this attempt (any more)",
-        can_retry=True,
+        num_tokens=num_tokens,
+        status=error.status,
+        code=error.code,
+        detail=str(error),
+        can_retry=can_retry,
     )
