@@ -21,7 +21,7 @@ from ..kernels.select_topk import select_topk
 from .sampling import SamplingRow, sample
 
 MAX_TOP_LOGPROBS = 20
-"""Best tokens a request may have named."""
+"""Best tokens a request may have named; who asks for more gets so many."""
 _NUM_SLOTS = 3
 """Reads that may be under way; a PendingOutput is good until as many more have begun."""
 
@@ -173,9 +173,8 @@ def choose_tokens(
     token_B = sample(logits_NV, sampling_rows(rows, eos_token_ids))
     top_ns = [row.sampling.logprobs for row in rows]
     with_logprobs = max(top_ns) >= 0
-    buffers = OutputBuffers(
-        len(rows), logits_NV.shape[1], logits_NV.device, max_top=max(0, *top_ns)
-    )
+    max_top = min(max(0, *top_ns), MAX_TOP_LOGPROBS)
+    buffers = OutputBuffers(len(rows), logits_NV.shape[1], logits_NV.device, max_top=max_top)
     buffers.token_B.copy_(token_B)
     if with_logprobs:
         buffers.write_logprobs(logits_NV, token_B)
