@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import struct
 import time
@@ -94,10 +95,12 @@ class KeeperLink:
     @property
     def is_alive(self) -> bool:
         """Whether the keeper has not ended. Does not block."""
-        try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-        except BlockingIOError:
+        # A socket with a time-out waits for it whatever the flags say, so first: is there anything?
+        readable, _, _ = select.select([self._socket], [], [], 0)
+        if not readable:
             return True
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK) != b""
         except OSError:
             return False
 

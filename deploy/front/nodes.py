@@ -177,7 +177,9 @@ class NodeDirectory:
         if info.epoch > old.epoch:
             self._replace(node, info)
         node.info = info
-        if info.address != old.address and not node.is_up:
+        # The fence of the one before has ended its link; the successor may have its address.
+        is_new = info.epoch > old.epoch or info.address != old.address
+        if is_new and not node.is_up:
             self._control.connect(info.node_id, info.address)
         self._spread_fences(info)
 

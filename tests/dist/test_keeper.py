@@ -176,6 +176,21 @@ def test_the_keeper_ends_when_nobody_owns_it_for_long(
     wait_until(lambda: not keepers_of(path) and not path.exists())
 
 
+def test_a_quiet_keeper_counts_as_alive_until_it_is_killed(
+    path: Path, start: Callable[..., Child]
+) -> None:
+    start()
+    link = KeeperLink(path)
+    try:
+        assert link.is_alive
+        (keeper,) = keepers_of(path)
+        os.kill(keeper, signal.SIGKILL)
+        wait_until(lambda: not link.is_alive)
+    finally:
+        link.close()
+    path.unlink()  # as its successor would
+
+
 def test_a_keeper_that_is_killed_is_replaced_by_an_empty_one(
     path: Path, start: Callable[..., Child]
 ) -> None:

@@ -31,7 +31,7 @@ from tidepool.deploy.keeping import keeper_path
 from tidepool.hostpool.keeper_link import KeeperLink
 
 NUM_STREAMS = 8
-NUM_TOKENS = 120
+NUM_TOKENS = 300
 SETTINGS: dict[str, Any] = {
     "kv.layout": "mla_fp32",
     "kv.index_layout": "index_fp32",
@@ -125,9 +125,10 @@ def test_every_stream_goes_on_with_its_tokens_and_nothing_is_prefilled_again() -
                     60.0,
                     "the next process",
                 )
-                time.sleep(0.5)
+                time.sleep(0.2)
         assert_all_are(streams, expected)
         assert prefilled(cluster) == before
+        wait_until(lambda: bool(audits_or_none(cluster)), 60.0, "the last process")
         stats = audits(cluster)["decode-0"]
         assert stats["reattach_dropped"] == 0
         assert 0 < stats["reattached_requests"] <= NUM_STREAMS

@@ -131,6 +131,16 @@ def test_a_newer_epoch_loses_the_old_one_and_fences_it_once_its_death_is_proven(
     assert directory.get("prefill-1").is_up
 
 
+def test_a_successor_at_the_same_address_is_connected_anew(directory, control):
+    """Fencing the one before ends its link, and with it the tries at that address."""
+    all_up(directory, PAIR)
+    directory.peer_down("decode-0", 1, "killed")
+    control.connected.clear()
+    directory.update([PAIR[0], dataclasses.replace(PAIR[1], epoch=2)])
+    assert control.fenced == [("decode-0", 1)]
+    assert control.connected == {"decode-0": PAIR[1].address}
+
+
 def test_a_session_of_a_newer_epoch_counts_before_the_poller_knows(directory, control, lost):
     all_up(directory, PAIR)
     directory.peer_up("decode-0", 3)
