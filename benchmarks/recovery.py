@@ -48,7 +48,8 @@ SETTING = (
     f"demo model on its CPU; Mooncake over TCP. While {NUM_STREAMS} streams decode ({PROMPT_TOKENS} "
     f"to {2 * PROMPT_TOKENS} prompt tokens, {OUTPUT_TOKENS} output tokens) and {NUM_PROMPTS} prompts of "
     f"{LONG_PROMPT} tokens are on their way, one fault is injected; the injections of a fault are "
-    "spread evenly over the life of such a prompt, from the queue to the first token. A decode node "
+    "spread evenly over the life of such a prompt, from the queue to the first token, or, where the "
+    "fault is decode's or the head's, over the life of the streams. A decode node "
     f"has {SETTINGS['decode.seats']} seats. All answers were compared with the right ones (tokens, "
     "log-probabilities, text, stop strings, finish reasons, usage): none was wrong."
 )
@@ -62,7 +63,7 @@ class Bench:
         self.answers = Answers(cluster)
         self.rng = random.Random(seed)
         self.rows: dict[str, Row] = {}
-        self._prompt_life_s = 2.5
+        self._prompt_life_s = self._stream_life_s = 2.5
 
     def inject(
         self,
@@ -72,14 +73,19 @@ class Bench:
         *,
         heal: Callable[[Faults], None] | None = None,
         measures_service: bool = False,
+        hits_streams: bool = False,
     ) -> None:
-        """One injection under traffic; `heal(faults)` runs once the clients are served."""
+        """One injection under traffic; `heal(faults)` runs once the clients are served.
+
+        Its moment lies in the life of the prompts, or, where it `hits_streams`, of the streams.
+        """
         row = self.rows.setdefault(fault, Row(fault, goal))
         faults = Faults(self.cluster)
         before = self._quarantined()
         traffic = self._traffic()
         share = row.injections * GOLDEN_RATIO % 1.0
-        traffic.begin(head_start_s=share * self._prompt_life_s)
+        life_s = self._stream_life_s if hits_streams else self._prompt_life_s
+        traffic.begin(head_start_s=share * life_s)
         since_s = time.monotonic()
         act(faults)
         if measures_service:
@@ -90,12 +96,16 @@ class Bench:
         row.requests += NUM_STREAMS + NUM_PROMPTS
         row.failed += outcome.num_failed
         row.gaps_s.append([round(gap, 3) for gap in outcome.gaps_s])
+        row.went_on_s.append([round(each, 3) for each in outcome.went_on_s])
         row.ttfts_s += [round(ttft, 3) for ttft in outcome.ttfts_s]
         row.notes += traffic.errors
         self._restore(row)
         row.quarantined_pages += max(0, self._quarantined() - before)
         worst = max(outcome.gaps_s, default=0.0)
-        print(f"{fault} {row.injections}: worst gap {worst:.2f} s, first tokens {row.ttfts_s[-2:]}")
+        print(
+            f"{fault} {row.injections}: {len(outcome.gaps_s)} streams, worst gap {worst:.2f} s, "
+            f"first tokens {row.ttfts_s[-2:]}"
+        )
 
     def _traffic(self) -> Traffic:
         return Traffic(
@@ -136,8 +146,12 @@ class Bench:
     # ---- faults ----
 
     def no_fault(self) -> None:
+        row = self.rows.setdefault("none", Row("none", ""))
+        starts_s = row.injections * GOLDEN_RATIO % 1.0 * self._prompt_life_s
         self.inject("none", "", lambda faults: None, measures_service=True)
-        self._prompt_life_s = statistics.median(self.rows["none"].ttfts_s)
+        self._prompt_life_s = statistics.median(row.ttfts_s)
+        if all(row.went_on_s[-1]):
+            self._stream_life_s = starts_s + min(row.went_on_s[-1])
 
     def prefill_killed(self) -> None:
         goal = "all complete; added <= 2 s + its prefill"
@@ -153,19 +167,31 @@ class Bench:
 
     def decode_killed(self) -> None:
         goal = "all continue; gap <= 5 s + process start"
-        self.inject("decode actor killed", goal, lambda faults: faults.kill_actor("decode-0"))
+        self.inject(
+            "decode actor killed",
+            goal,
+            lambda faults: faults.kill_actor("decode-0"),
+            hits_streams=True,
+        )
 
     def decode_off(self) -> None:
         self._power_off("decode", "all continue elsewhere; gap <= 6 s + prefill")
 
     def decode_partitioned(self) -> None:
         goal = "no request fails (6 s, heals)"
-        self.inject("decode host partitioned 6 s", goal, self._partition("decode-0"))
+        self.inject(
+            "decode host partitioned 6 s", goal, self._partition("decode-0"), hits_streams=True
+        )
 
     def connections_reset(self) -> None:
         host = self.cluster.where("decode-0")
         goal = "no request fails"
-        self.inject("decode connections reset", goal, lambda faults: faults.reset_connections(host))
+        self.inject(
+            "decode connections reset",
+            goal,
+            lambda faults: faults.reset_connections(host),
+            hits_streams=True,
+        )
 
     def head_restarted(self) -> None:
         head = self.cluster.network.hosts[0]
@@ -176,7 +202,7 @@ class Bench:
             faults.boot(head)
 
         goal = "running streams unhurt; new requests <= 10 s after it is back"
-        self.inject("head node restarted", goal, restart, measures_service=True)
+        self.inject("head node restarted", goal, restart, measures_service=True, hits_streams=True)
 
     def front_killed(self) -> None:
         """Streams of the front end with a reset, those of the other go on; new ones work."""
@@ -225,6 +251,7 @@ class Bench:
             goal,
             lambda faults: faults.power_off(host),
             heal=lambda faults: faults.boot(host),
+            hits_streams=role == "decode",
         )
 
     def _partition(self, node_id: str) -> Callable[[Faults], None]:

@@ -27,7 +27,8 @@ class Row:
 
     Attributes:
         resets: requests whose connection was reset; only a killed front may do that.
-        gaps_s: for each injection and stream, the longest silence behind the injection.
+        gaps_s: for each injection and stream that it hit, the longest silence behind the injection.
+        went_on_s: for each injection and stream, from it to the stream's last token; 0: it had ended.
         ttfts_s: of the prompts that were on their way.
         served_s: from the fault, or the moment it was over, until a new request was answered.
         restored_s: until all nodes were up and all pools settled, for each injection.
@@ -41,6 +42,7 @@ class Row:
     failed: int = 0
     resets: int = 0
     gaps_s: list[list[float]] = field(default_factory=list)
+    went_on_s: list[list[float]] = field(default_factory=list)
     ttfts_s: list[float] = field(default_factory=list)
     served_s: list[float] = field(default_factory=list)
     restored_s: list[float] = field(default_factory=list)
@@ -134,16 +136,17 @@ def _markdown(rows: Sequence[Row], facts: dict[str, Any], setting: str, normal_s
         "last answer until all nodes are up and all pools settled. *Quarantined*: pages kept back "
         "because a writer's end is not proven.",
         "",
-        "| fault | goal | injections | requests | failed | reset | gap p50 / p99 (s) "
+        "| fault | goal | injections | streams hit | requests | failed | reset | gap p50 / p99 (s) "
         "| added p50 / p99 (s) | served p50 / p99 (s) | restored p50 / p99 (s) | quarantined pages "
         "| commit |",
-        "|---" * 12 + "|",
+        "|---" * 13 + "|",
     ]
     for row in rows:
         times = [
             " / ".join(map(str, each)) if each else "" for each in _summary(row, normal_s).values()
         ]
-        counts = [row.injections, row.requests, row.failed, row.resets]
+        num_hit = sum(len(gaps) for gaps in row.gaps_s)
+        counts = [row.injections, num_hit, row.requests, row.failed, row.resets]
         cells = [row.fault, row.goal, *counts, *times, row.quarantined_pages, row.commit]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     notes = {row.fault: sorted(set(row.notes)) for row in rows if row.notes}

@@ -42,12 +42,14 @@ class Outcome:
     """What clients saw, seconds.
 
     Attributes:
-        gaps_s: for each stream that decoded, the longest silence that ended after the injection.
+        gaps_s: for each stream that the injection hit, the longest silence that ended after it.
+        went_on_s: for each stream, how long after the injection its last token came; 0: it had ended.
         ttfts_s: of the prompts on their way.
         num_failed: requests that ended with a typed error.
     """
 
     gaps_s: tuple[float, ...]
+    went_on_s: tuple[float, ...]
     ttfts_s: tuple[float, ...]
     num_failed: int
 
@@ -89,8 +91,14 @@ class Traffic:
         streams = [*self._decoding, *self._prefilling]
         join(streams)
         num_failed = check(streams, self._answers)
+        went_on_s = [max(0.0, max(each.times_s, default=0.0) - since_s) for each in self._decoding]
         return Outcome(
-            tuple(stream.longest_gap_s(since_s) for stream in self._decoding),
+            tuple(
+                stream.longest_gap_s(since_s)
+                for stream, went_on in zip(self._decoding, went_on_s, strict=True)
+                if went_on > 0 or stream.error is not None
+            ),
+            tuple(went_on_s),
             tuple(each.ttft_s for each in self._prefilling if len(each.times_s) > 1),
             num_failed,
         )
