@@ -1,6 +1,6 @@
 """What a decode step costs, and what the hot cache buys: tokens a second, resident against hot.
 
-    python benchmarks/decode.py --out report.json [--model deepseek-v3.2] [--suite memory,fits,swap]
+    python benchmarks/decode.py --out report.json [--model glm-5.2] [--suite memory,fits,swap]
 
 One GPU, the decode engine as it serves (scheduler, graphs, results a step late), a model of real
 layer shapes with few layers and random weights, sequences whose KV is in place already. Random
@@ -14,7 +14,9 @@ choice is replaced.
     no-copy     hot, but missing rows are not copied: the price of the swap is the difference
 
 Figures a point: step time (median of wall time over windows of steps), tokens a second, the part of
-a step in which the device does nothing, host time a step, rows missed.
+a step in which the device does nothing, host time a step, rows missed, and the least a step can take
+(benchmarks/decode_points.py). Suite "memory" ends with a table of equal GPU memory: sequences that fit
+and tokens a second, hot against resident.
 """
 
 from __future__ import annotations
@@ -24,15 +26,24 @@ import json
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tidepool.benchmarks.decode_points import (
+    GROWTH,
+    Point,
+    add_arguments,
+    cut_config,
+    kv_of,
+    least_us,
+    points,
+    seat_bytes,
+)
 from tidepool.common.clock import MonotonicClock
-from tidepool.common.config import KvSection
 from tidepool.common.layouts import KvGeometry
 from tidepool.common.wire import OutputToken, Sampling
 from tidepool.decode_node.admission import Admission
@@ -43,30 +54,16 @@ from tidepool.decode_node.hot_cache import HotCache
 from tidepool.decode_node.sequence import SequenceState
 from tidepool.decode_node.step_runner import StepRunner
 from tidepool.hostpool.index_pool import IndexPool
+from tidepool.hostpool.memory import allocate_host
 from tidepool.hostpool.pool import HostPool
 from tidepool.hostpool.seats import SeatPool
 from tidepool.hostpool.side_stream import SideStream
 from tidepool.kernels.resolve import resolve
 from tidepool.kernels.store_rows import pack_rows
-from tidepool.model.config import ModelConfig, geometry
 from tidepool.model.model import Model
-from tidepool.model.random_weights import published_config
 
-GROWTH = 256
-"""Output tokens a sequence has room for."""
 TRACE_STEPS = 512
 WARM_STEPS, WINDOWS, WINDOW_STEPS = 24, 5, 20
-
-
-@dataclass(frozen=True)
-class Point:
-    suite: str
-    mode: str
-    batch: int
-    context: int
-    layout: str
-    hot_rows: int
-    misses: int
 
 
 class TracedContext(DecodeContext):
@@ -119,25 +116,42 @@ class UncopiedCache(HotCache):
             self._copied_L[layer] = self._side.mark()
 
 
-def seat_bytes(kv: KvGeometry, point: Point) -> int:
-    """GPU bytes of a seated sequence: rows, ring, index keys, tables."""
-    length = point.context + GROWTH
-    rows = length if point.mode == "resident" else point.hot_rows
-    rows_bytes = (rows + 2 * kv.page_size) * kv.num_layers * kv.row.row_bytes
-    keys = kv.num_pages(length) * kv.num_index_layers * kv.index_page_bytes
-    tables = kv.num_index_layers * 4 * (length + 2 * rows)
-    return rows_bytes + keys + tables
+class HostRows:
+    """Pinned host memory that all points use in turn, as large as the largest needs; filled once."""
+
+    def __init__(self, kv: KvGeometry, found: list[Point], *, pin: bool) -> None:
+        sizes = [HostPool.bytes_needed(kv, host_pages(kv, point)) for point in found]
+        self._memory = allocate_host(max(sizes), pin=pin, what="host pools")
+        fill_rows(self._memory.data.view(-1, kv.row.row_bytes), kv)
+
+    def pool(self, kv: KvGeometry, point: Point) -> HostPool:
+        pages = host_pages(kv, point)
+        return HostPool(kv, pages, memory=self._memory.data[: HostPool.bytes_needed(kv, pages)])
+
+    def close(self) -> None:
+        self._memory.close()
 
 
-def fill(host: HostPool, index: IndexPool, cache: HotCache) -> None:
-    """Bytes that decode to numbers: random rows over and over, random keys, one scale."""
-    geometry = host.geometry
-    row = geometry.row
+def host_pages(kv: KvGeometry, point: Point) -> int:
+    return point.batch * kv.num_pages(point.context + GROWTH)
+
+
+def fill_rows(rows_NX: Tensor, kv: KvGeometry) -> None:
+    """Bytes that decode to numbers: the same random rows over and over."""
+    row = kv.row
     block = pack_rows(torch.randn(4096, row.latent_dim), torch.randn(4096, row.rope_dim), row.name)
-    for rows_NX in (*host.rows, *cache.rows):
-        for first in range(0, rows_NX.shape[0], 4096):
-            part = rows_NX[first : first + 4096]
-            part.copy_(block[: part.shape[0]])
+    block = block.to(rows_NX.device)
+    for first in range(0, rows_NX.shape[0], 4096):
+        part = rows_NX[first : first + 4096]
+        part.copy_(block[: part.shape[0]])
+
+
+def fill_keys(index: IndexPool) -> None:
+    """Random keys, one scale."""
+    geometry = index.geometry
+    if geometry.index.name != "index_k":
+        index.data.zero_()
+        return
     key_bytes = geometry.page_size * geometry.index.head_dim
     for pages in index.data:
         pages[:, :key_bytes] = torch.randint(
@@ -150,13 +164,14 @@ def fill(host: HostPool, index: IndexPool, cache: HotCache) -> None:
 class Bench:
     """One point's pools and engine."""
 
-    def __init__(self, model: Model, kv: KvGeometry, point: Point, *, use_graphs: bool) -> None:
+    def __init__(
+        self, model: Model, kv: KvGeometry, point: Point, host_rows: HostRows, *, use_graphs: bool
+    ) -> None:
         self.model, self.point = model, point
         device, config = model.device, model.config
         length = point.context + GROWTH
-        pages = point.batch * kv.num_pages(length)
-        self.host = HostPool(kv, pages, pin=device.type == "cuda")
-        index = IndexPool(kv, pages, device)
+        host = host_rows.pool(kv, point)
+        index = IndexPool(kv, host_pages(kv, point), device)
         make_cache = UncopiedCache if point.mode == "no-copy" else HotCache
         cache = make_cache(
             kv,
@@ -167,18 +182,18 @@ class Bench:
             topk=config.index_topk,
             device=device,
         )
-        fill(self.host, index, cache)
+        fill_keys(index)
+        for rows_NX in cache.rows:
+            fill_rows(rows_NX, kv)
         admission = Admission(
-            self.host.pages,
+            host.pages,
             index.pages,
             page_size=kv.page_size,
             max_context=length,
             max_requests=point.batch,
         )
         seats = SeatPool(point.batch)
-        coordinator = HiSparseCoordinator(
-            self.host, index, seats, cache, admission, warm_start=False
-        )
+        coordinator = HiSparseCoordinator(host, index, seats, cache, admission, warm_start=False)
         self.cache = cache
         if point.mode == "serial":
             cache._side = SideStream(torch.device("cpu"))
@@ -186,7 +201,7 @@ class Bench:
         runner = StepRunner(
             model,
             cache,
-            self.host,
+            host,
             index,
             max_batch=point.batch,
             max_context=length,
@@ -288,89 +303,83 @@ class Bench:
             until = max(until, end)
         return busy_us / 4 / 1e6, round(len(spans) / 4)
 
-    def close(self) -> None:
-        self.host.close()
 
-
-def points(args: argparse.Namespace, kv: KvGeometry) -> list[Point]:
-    def point(suite: str, mode: str, batch: int, context: int) -> Point:
-        return Point(suite, mode, batch, context, args.layout, args.hot_rows, args.misses)
-
-    found: list[Point] = []
-    if "memory" in args.suite:
-        for context in args.contexts:
-            resident = point("memory", "resident", args.resident_batch, context)
-            budget = args.resident_batch * seat_bytes(kv, resident)
-            batch = budget // seat_bytes(kv, point("memory", "hot", 1, context))
-            found += [resident, point("memory", "hot", min(batch, args.max_batch), context)]
-    if "fits" in args.suite:
-        for batch in (1, 16):
-            found += [point("fits", mode, batch, args.fits_context) for mode in ("resident", "hot")]
-    if "swap" in args.suite:
-        for batch in args.swap_batches:
-            found += [
-                point("swap", m, batch, args.swap_context) for m in ("hot", "serial", "no-copy")
-            ]
-    return found
-
-
-def measure(model: Model, kv: KvGeometry, point: Point, args: argparse.Namespace) -> dict[str, Any]:
-    bench = Bench(model, kv, point, use_graphs=not args.no_graphs)
-    result = bench.run() | {"seat_mb": round(seat_bytes(kv, point) / 1e6, 1)}
+def measure(
+    model: Model, kv: KvGeometry, point: Point, host_rows: HostRows, args: argparse.Namespace
+) -> dict[str, Any]:
+    bench = Bench(model, kv, point, host_rows, use_graphs=not args.no_graphs)
+    result = bench.run()
+    result["seat_mb"] = round(seat_bytes(kv, point) / 1e6, 1)
+    result["least_us"] = least_us(model.config, kv, point, is_fp8=args.weights == "fp8")
     if args.profile:
         shares = sorted(bench.kernels.items(), key=lambda share: -share[1])
         print("\n".join(f"{us:10.1f} us  {name}" for name, us in shares[:24]), flush=True)
-    bench.close()
     del bench
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--model", default="deepseek-v3.2")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--dense-layers", type=int, default=1)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--weights", choices=["bf16", "fp8"], default="fp8")
-    parser.add_argument("--layout", default="mla_fp8")
-    parser.add_argument("--suite", default="memory,fits,swap")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 65536, 131072])
-    parser.add_argument("--resident-batch", type=int, default=8)
-    parser.add_argument("--max-batch", type=int, default=256)
-    parser.add_argument("--fits-context", type=int, default=32768)
-    parser.add_argument("--swap-context", type=int, default=65536)
-    parser.add_argument("--swap-batches", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--hot-rows", type=int, default=4096)
-    parser.add_argument("--misses", type=int, default=137)
-    parser.add_argument("--profile", action="store_true", help="print each kernel's share")
-    parser.add_argument("--no-graphs", action="store_true")
-    parser.add_argument("--device", default="cuda")
-    args = parser.parse_args()
-    config: ModelConfig = published_config(
-        args.model,
-        num_layers=args.layers,
-        num_dense_layers=args.dense_layers,
-        num_experts=args.experts,
-    )
+def equal_memory(results: list[dict[str, Any]]) -> str:
+    """A line for each number of resident sequences: what their memory holds, and decodes, hot."""
+    lines = [
+        "| context | resident | hot | tokens/s | without the copy | limit, copy hidden or not |"
+    ]
+    lines.append("|" + "---|" * 6)
+    modes: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for result in results:
+        if result["suite"] == "memory" and "error" not in result:
+            key = result["context"], result["resident_batch"]
+            modes.setdefault(key, {})[result["mode"]] = result
+    for (context, batch), found in modes.items():
+        if found.keys() < {"resident", "hot", "no-copy"}:
+            continue
+        resident, hot, no_copy = (found[mode] for mode in ("resident", "hot", "no-copy"))
+        gain, gain_no_copy = (r["tokens_s"] / resident["tokens_s"] for r in (hot, no_copy))
+        alone_us, least = resident["least_us"]["total"], hot["least_us"]
+        seats = hot["batch"] / batch
+        limits = " to ".join(
+            f"{seats * alone_us / least[name]:.2f}" for name in ("in_the_open", "total")
+        )
+        lines.append(
+            f"| {context} | {batch}: {resident['step_us']:.0f} us | {hot['batch']}: "
+            f"{hot['step_us']:.0f} us | {gain:.2f}x | {gain_no_copy:.2f}x | {limits}x |"
+        )
+    return "\n".join(lines)
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    config = cut_config(args)
     model = Model.random(
         config,
         dtype=getattr(torch, args.dtype),
         device=args.device,
         fp8_weights=args.weights == "fp8",
     )
-    kv = geometry(config, KvSection(layout=args.layout))
+    kv, found = kv_of(config, args.layout), points(args)
+    host_rows = HostRows(kv, found, pin=model.device.type == "cuda")
     results = []
-    for point in points(args, kv):
+    for point in found:
         try:
-            results.append(measure(model, kv, point, args))
+            results.append(measure(model, kv, point, host_rows, args))
         except (RuntimeError, AssertionError) as error:
             message = f"{type(error).__name__}: {error}"[:400]
             results.append(asdict(point) | {"error": message})
         print(json.dumps(results[-1]), flush=True)
+    host_rows.close()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--profile", action="store_true", help="print each kernel's share")
+    parser.add_argument("--no-graphs", action="store_true")
+    args = parser.parse_args()
+    results = measure_all(args)
+    if "memory" in args.suite.split(","):
+        print(equal_memory(results))
     if args.out:
         about = {
             "arguments": {k: str(v) for k, v in vars(args).items()},

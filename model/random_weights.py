@@ -106,16 +106,20 @@ def published_config(
     num_layers: int | None = None,
     num_dense_layers: int | None = None,
     num_experts: int | None = None,
+    num_leading_indexers: int | None = None,
 ) -> ModelConfig:
     """Configuration of a published model (PUBLISHED_MODELS), cut in depth and experts.
 
     `num_experts` must leave every group of DeepSeek-V3.2's eight at least two: 16 or more.
+    `num_leading_indexers`: GLM-5.2 has three layers with an indexer before its pattern of one in
+    four begins; with 1 a cut to four layers has the share of indexers that the whole model has.
     CheckpointError if the numbers do not go together.
     """
     changes = {
         "num_hidden_layers": num_layers,
         "first_k_dense_replace": num_dense_layers,
         "n_routed_experts": num_experts,
+        "index_skip_topk_offset": num_leading_indexers,
     }
     tree = {**_SHAPES[name], **{key: v for key, v in changes.items() if v is not None}}
     return ModelConfig.from_dict(tree, {})

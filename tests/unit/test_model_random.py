@@ -32,6 +32,8 @@ def test_depth_and_experts_can_be_cut():
         published_config("deepseek-v3.2", num_experts=12)
     shared = published_config("glm-5.2", num_layers=8)
     assert [i for i, kind in enumerate(shared.indexer_types) if kind == "full"] == [0, 1, 2, 6]
+    alike = published_config("glm-5.2", num_layers=4, num_leading_indexers=1)
+    assert alike.indexer_types == ("full", "shared", "shared", "shared")
 
 
 @pytest.mark.parametrize("kind", ["v32", "glm52"])
