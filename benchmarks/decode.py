@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import statistics
 import subprocess
 import time
@@ -54,7 +55,7 @@ from tidepool.decode_node.hot_cache import HotCache
 from tidepool.decode_node.sequence import SequenceState
 from tidepool.decode_node.step_runner import StepRunner
 from tidepool.hostpool.index_pool import IndexPool
-from tidepool.hostpool.memory import allocate_host
+from tidepool.hostpool.memory import adopt_host
 from tidepool.hostpool.pool import HostPool
 from tidepool.hostpool.seats import SeatPool
 from tidepool.hostpool.side_stream import SideStream
@@ -121,7 +122,9 @@ class HostRows:
 
     def __init__(self, kv: KvGeometry, found: list[Point], *, pin: bool) -> None:
         sizes = [HostPool.bytes_needed(kv, host_pages(kv, point)) for point in found]
-        self._memory = allocate_host(max(sizes), pin=pin, what="host pools")
+        # Not allocate_host: a small virtual machine's memory may grow only as it is used.
+        data = torch.frombuffer(mmap.mmap(-1, max(sizes)), dtype=torch.uint8)
+        self._memory = adopt_host(data, max(sizes), pin=pin)
         fill_rows(self._memory.data.view(-1, kv.row.row_bytes), kv)
 
     def pool(self, kv: KvGeometry, point: Point) -> HostPool:
