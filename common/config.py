@@ -117,6 +117,8 @@ class TransferSection:
 
     protocol: Literal["tcp", "rdma", "loopback"] = "tcp"
     """Mooncake's protocol; loopback moves bytes inside one process (tests)."""
+    tcp_engines: int = 0
+    """Engines of a node over TCP, each with one thread that sends and one data port; a peer's bytes take them in turn. 0: one for each four cores, at most four."""
     shared_memory: Literal["auto", "off"] = "auto"
     """Prefill copies straight into the host pool of a decode node on its machine that keeps it in a segment; never where `checksums` is on. off: everything goes over the wire."""
     checksums: Literal["auto", "on", "off"] = "auto"
@@ -125,8 +127,8 @@ class TransferSection:
     """Times a chunk whose checksum differs is written before the attempt fails."""
     max_write_bytes: int = 16 * 1024 * 1024
     """Largest single write; longer runs are split."""
-    max_chunk_bytes: int = 64 * 1024 * 1024
-    """Pages are written, announced and verified in pieces of at most so many bytes, so that one is verified while the next arrives."""
+    max_chunk_bytes: int = 16 * 1024 * 1024
+    """Pages are written, announced and verified in pieces of about so many bytes (some layers each), so that one is verified while the next arrives."""
     max_writes_in_flight: int = 16
     """Writes submitted to the transport at a time, to each peer."""
     max_quarantine_share: float = 0.25
@@ -256,6 +258,7 @@ def _faults(config: Config) -> Iterator[str]:
     at_least_zero = {
         "decode": ("hot_rows", "max_context"),
         "model": ("threads",),
+        "transfer": ("tcp_engines",),
         "cluster": ("prefill", "decode", "unified", "cpus_per_node", "gpus_per_node"),
     }
     for section, names in at_least_zero.items():

@@ -38,7 +38,7 @@ import msgspec
 
 from .errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 UNKNOWN_ATTEMPT = "unknown_attempt"
 """Code of the Finish with which decode answers a Resume for an attempt that it does not have."""
@@ -214,11 +214,12 @@ class Refuse(Message, frozen=True, tag="refuse"):
 
 
 class Chunk(Message, frozen=True, tag="chunk"):
-    """Pages [first_page, first_page + num_pages) of the prompt are written, all layers.
+    """Pages [first_page, first_page + num_pages) of the prompt are written in some layers.
 
-    `checksums` has one value a layer (every KV layer, then every index layer, each over its pages in
-    order), or is empty when checksums are off. `sequence` numbers the chunks of a lease from 0; a chunk that
-    is written again keeps its number and counts `tries` up.
+    Layers are numbered through: every KV layer, then every index layer. `checksums` has one value a
+    layer of [first_layer, first_layer + num_layers), each over its pages in order, or is empty when
+    checksums are off. `sequence` numbers the chunks of a lease from 0: layer by layer, then the
+    next pages. A chunk that is written again keeps its number and counts `tries` up.
     """
 
     lease_id: int
@@ -226,6 +227,8 @@ class Chunk(Message, frozen=True, tag="chunk"):
     tries: int
     first_page: int
     num_pages: int
+    first_layer: int
+    num_layers: int
     checksums: tuple[int, ...]
 
 

@@ -10,9 +10,11 @@ the caller's stream does next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..common.errors import ConfigError
@@ -23,9 +25,7 @@ from .memory import HostMemory, adopt_host, allocate_host
 class Copier(Protocol):
     """What a mirror uses of kernels.copy_blocks.BlockCopier."""
 
-    def copy(
-        self, blocks: Sequence[tuple[int, int, int]], after: Any = None
-    ) -> Callable[[], bool]: ...
+    def copy(self, blocks: NDArray[np.int64], after: Any = None) -> Callable[[], bool]: ...
 
     def make_wait(self) -> None: ...
 
@@ -49,7 +49,7 @@ class HostMirror:
         *,
         memory: Tensor | None = None,
     ) -> None:
-        self._name = name
+        self.name = name
         self._device_LPX = device_LPX
         self._memory: HostMemory | None = None
         self._copier = copier
@@ -78,20 +78,25 @@ class HostMirror:
         """The pool itself: for copies that start on the device."""
         return self._region(self._device_LPX)
 
-    def to_host(self, pages: Sequence[int], after: Any = None) -> Callable[[], bool]:
-        """Copies pages of every layer device -> host, once `after` (a CUDA event) has happened.
+    def to_host(
+        self, pages: Sequence[int], after: Any = None, layers: range | None = None
+    ) -> Callable[[], bool]:
+        """Copies pages of `layers` (default: all) device -> host, once `after` has happened.
+
+        `after`: a CUDA event.
 
         Returns what tells, without waiting, whether it has ended. Calls of both directions must not
         come from two threads at a time.
         """
-        if self._memory is None or self._copier is None:
+        if self._memory is None or self._copier is None or not pages:
             return lambda: True
-        return self._copier.copy(list(self._blocks(self._device_LPX, self.host_LPX, pages)), after)
+        blocks = self._blocks(self._device_LPX, self.host_LPX, pages, layers)
+        return self._copier.copy(blocks, after)
 
     def to_device(self, pages: Sequence[int]) -> None:
         """Copies pages of every layer host -> device, before what the current stream does next."""
         if self._memory is not None and self._copier is not None and pages:
-            self._copier.copy(list(self._blocks(self.host_LPX, self._device_LPX, pages)))
+            self._copier.copy(self._blocks(self.host_LPX, self._device_LPX, pages, None))
             self._copier.make_wait()
 
     def close(self) -> None:
@@ -101,24 +106,21 @@ class HostMirror:
 
     def _region(self, memory_LPX: Tensor) -> Region:
         layers, pages, page_bytes = memory_LPX.shape
-        return Region(self._name, memory_LPX.data_ptr(), layers, pages, page_bytes)
+        return Region(self.name, memory_LPX.data_ptr(), layers, pages, page_bytes)
 
     def _blocks(
-        self, source_LPX: Tensor, target_LPX: Tensor, pages: Sequence[int]
-    ) -> Iterator[tuple[int, int, int]]:
-        """Yields (source, target, bytes) of each layer's contiguous pages."""
-        layers, num_pages, size = source_LPX.shape
-        for layer in range(layers):
-            first = layer * num_pages * size
-            source, target = source_LPX.data_ptr() + first, target_LPX.data_ptr() + first
-            for page, count in _runs(pages):
-                yield source + page * size, target + page * size, count * size
-
-
-def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yields (first page, number of pages) of contiguous stretches, in order."""
-    start = 0
-    for end in range(1, len(pages) + 1):
-        if end == len(pages) or pages[end] != pages[end - 1] + 1:
-            yield pages[start], end - start
-            start = end
+        self, source_LPX: Tensor, target_LPX: Tensor, pages: Sequence[int], layers: range | None
+    ) -> NDArray[np.int64]:
+        """(source, target, bytes) of each layer's contiguous pages: int64 [layers * runs, 3]."""
+        num_layers, num_pages, size = source_LPX.shape
+        chosen = range(num_layers) if layers is None else layers
+        in_order = np.array(pages, dtype=np.int64)
+        starts = np.concatenate(([0], np.flatnonzero(np.diff(in_order) != 1) + 1))
+        counts = np.diff(np.append(starts, len(in_order)))
+        numbers = np.arange(chosen.start, chosen.stop, dtype=np.int64)
+        offsets = numbers[:, None] * (num_pages * size) + in_order[starts] * size
+        blocks = np.empty((*offsets.shape, 3), dtype=np.int64)
+        blocks[..., 0] = offsets + source_LPX.data_ptr()
+        blocks[..., 1] = offsets + target_LPX.data_ptr()
+        blocks[..., 2] = counts * size
+        return blocks.reshape(-1, 3)

@@ -16,7 +16,9 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .cuda_library import CudaLibrary, fields, stream_of
 
@@ -57,21 +59,26 @@ class BlockCopier:
         self._num_ctas = num_ctas
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, blocks: Sequence[Block], after: Any = None) -> Callable[[], bool]:
+    def copy(
+        self, blocks: Sequence[Block] | NDArray[np.int64], after: Any = None
+    ) -> Callable[[], bool]:
         """Starts the copies; returns what tells whether they have ended.
+
+        `blocks`: (source, target, bytes) each; as an array: int64 [blocks, 3].
 
         `after`: a torch.cuda.Event that must have happened before anything is read. KernelError if
         CUDA refuses.
         """
+        table = np.asarray(blocks, dtype=np.int64).reshape(-1, 3)
         if self._stream is None:
-            for source, target, num_bytes in blocks:
+            for source, target, num_bytes in table.tolist():
                 ctypes.memmove(target, source, num_bytes)
             return lambda: True
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
-            if blocks:
-                self._launch(blocks)
+            if len(table):
+                self._launch(table)
             done = torch.cuda.Event()
             done.record(self._stream)
         query: Callable[[], bool] = done.query
@@ -82,29 +89,25 @@ class BlockCopier:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def _launch(self, blocks: Sequence[Block]) -> None:
-        large = [block for block in blocks if block[2] >= self._engine_bytes]
-        small = (
-            blocks if not large else [block for block in blocks if block[2] < self._engine_bytes]
-        )
+    def _launch(self, table: NDArray[np.int64]) -> None:
+        is_large = table[:, 2] >= self._engine_bytes
         library = _LIBRARY.on(self._device)
         stream = stream_of(self._device)
-        if large:
-            sources, targets, sizes = zip(*large, strict=True)
-            count = len(large)
-            pointers, lengths = ctypes.c_void_p * count, ctypes.c_size_t * count
+        large, small = table[is_large], table[~is_large]
+        if len(large):
+            sources, targets, sizes = np.ascontiguousarray(large.T)
             code = library.tidepool_copy_blocks_engine(
-                pointers(*targets),
-                pointers(*sources),
-                lengths(*sizes),
-                ctypes.c_size_t(count),
+                ctypes.c_void_p(targets.ctypes.data),
+                ctypes.c_void_p(sources.ctypes.data),
+                ctypes.c_void_p(sizes.ctypes.data),
+                ctypes.c_size_t(len(large)),
                 stream,
             )
-            _LIBRARY.check("copy_blocks", code, CopyBlocksParams(None, count, max(sizes)))
-        if small:
-            columns = list(zip(*small, strict=True))
-            table = torch.tensor(columns, dtype=torch.int64).pin_memory()
-            on_device = table.to(self._device, non_blocking=True)
-            params = CopyBlocksParams(on_device.data_ptr(), len(small), max(columns[2]))
+            params = CopyBlocksParams(None, len(large), int(sizes.max()))
+            _LIBRARY.check("copy_blocks", code, params)
+        if len(small):
+            columns = torch.from_numpy(np.ascontiguousarray(small.T)).pin_memory()
+            on_device = columns.to(self._device, non_blocking=True)
+            params = CopyBlocksParams(on_device.data_ptr(), len(small), int(small[:, 2].max()))
             code = library.tidepool_copy_blocks(ctypes.byref(params), self._num_ctas, stream)
             _LIBRARY.check("copy_blocks", code, params)

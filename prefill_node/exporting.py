@@ -6,7 +6,7 @@ I/O thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,12 @@ class ComputedPages:
         self._computed: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._computed.record()
 
-    def stage(self, pages: Sequence[int]) -> Callable[[], bool]:
-        ends = [mirror.to_host(pages, self._computed) for mirror in self._mirrors]
+    def stage(self, pages: Sequence[int], layers: Mapping[str, range]) -> Callable[[], bool]:
+        ends = [
+            mirror.to_host(pages, self._computed, layers[mirror.name])
+            for mirror in self._mirrors
+            if mirror.name in layers
+        ]
         return lambda: all(has_ended() for has_ended in ends)
 
     def settle(self) -> Callable[[], bool]:

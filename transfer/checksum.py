@@ -32,9 +32,9 @@ def checksum(segments: Iterable[Segment]) -> int:
 def next_parts(
     parts: Sequence[Sequence[Segment]], first: int, max_bytes: int
 ) -> Sequence[Sequence[Segment]]:
-    """Parts from `first` on, as many as it takes to reach `max_bytes`."""
+    """Parts from `first` on: one for each thread, and as many as it takes to reach `max_bytes`."""
     end, num_bytes = first, 0
-    while end < len(parts) and num_bytes < max_bytes:
+    while end < len(parts) and (num_bytes < max_bytes or end < first + NUM_THREADS):
         num_bytes += sum(size for _, size in parts[end])
         end += 1
     return parts[first:end]

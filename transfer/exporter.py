@@ -18,13 +18,12 @@ from ..common.config import TransferSection
 from ..common.errors import InvariantError, ProtocolError
 from .events import ExportEvent, ExportRequest, Key
 from .jobs import PageSource, Stage, WriteJob, WriteResult
-from .outbound import (
+from .outbound import Outbound, OutboundState
+from .outbound_events import (
     Action,
     CancelRequested,
     CommitReady,
     Event,
-    Outbound,
-    OutboundState,
     PagesReady,
     PeerDown,
     PeerReplaced,
@@ -37,7 +36,16 @@ from .outbound import (
     Tick,
     WriteEnded,
 )
-from .pages import check_regions, check_runs, expand, layer_parts, plan_writes
+from .pages import (
+    check_regions,
+    check_runs,
+    expand,
+    join_writes,
+    layer_parts,
+    layers_in,
+    plan_writes,
+    slices,
+)
 from .session import Control, Peer
 from .shared_paths import SharedPath, SharedPaths
 from .transport import TicketStatus
@@ -104,8 +112,6 @@ class Exporter:
         self._config = config
         self._has_checksums = has_checksums
         self._post_event = post_event
-        page_bytes = sum(region.num_layers * region.page_bytes for region in regions)
-        self._max_chunk_pages = max(1, config.max_chunk_bytes // max(1, page_bytes))
         self._transfers: dict[Key, _Transfer] = {}
         self._by_lease: dict[LeaseName, _Transfer] = {}
         self._up: dict[str, Peer] = {}
@@ -128,12 +134,10 @@ class Exporter:
         They are final, or `source` makes them so. May be called before the grant. Ignored once the
         transfer has failed.
         """
-        size = self._max_chunk_pages
-        pieces = [
-            PagesReady(first_page + at, tuple(source_pages[at : at + size]), source)
-            for at in range(0, len(source_pages), size)
-        ]
-        self._control.post(lambda: self._commands(key, pieces))
+        regions = list(self._regions.values())
+        pieces = slices(regions, len(source_pages), self._config.max_chunk_bytes)
+        event = PagesReady(first_page, tuple(source_pages), tuple(pieces), source)
+        self._control.post(lambda: self._command(key, event))
 
     def commit(
         self,
@@ -178,10 +182,6 @@ class Exporter:
             transfer.decided_for = peer.epoch
             transfer.path = self._paths.find(peer.node_id, peer.epoch)
             transfer.machine.is_shared = transfer.path is not None
-
-    def _commands(self, key: Key, events: Sequence[Event]) -> None:
-        for event in events:
-            self._command(key, event)
 
     def _command(self, key: Key, event: Event) -> None:
         transfer = self._transfers.get(key)
@@ -353,38 +353,41 @@ class Exporter:
     def _start_write(self, transfer: _Transfer, action: StartWrite) -> None:
         assert transfer.peer is not None
         path, source = transfer.path, action.source
+        layers = layers_in(list(self._regions.values()), action.layers)
         theirs: dict[str, wire.Region]
         stage: Stage | None = None
         if path is None:
             own, address = self._regions, transfer.peer.hello.data_address
             theirs = {region.name: region for region in transfer.peer.hello.regions}
             if source is not None:
-                stage = partial(source.stage, action.source_pages)
+                stage = partial(source.stage, action.source_pages, layers)
         else:
             own, address, theirs = self._direct_regions, path.data_address, path.regions
             if source is not None:
                 stage = source.settle
         first, count = action.first_page, len(action.source_pages)
-        writes = [
-            write
-            for name, pages in transfer.target_pages.items()
-            for write in plan_writes(
-                own[name],
-                theirs[name],
-                action.source_pages,
-                pages[first : first + count],
-                self._config.max_write_bytes,
-            )
-        ]
+        writes = join_writes(
+            [
+                plan_writes(
+                    own[name],
+                    theirs[name],
+                    action.source_pages,
+                    transfer.target_pages[name][first : first + count],
+                    self._config.max_write_bytes,
+                    each,
+                )
+                for name, each in layers.items()
+            ]
+        )
         is_hashed = self._has_checksums and path is None
-        sources = [(own[name], action.source_pages) for name in transfer.target_pages]
+        sources = [(region, action.source_pages) for region in own.values()]
         on_end = partial(self._on_write_end, transfer, action.sequence, action.tries)
         self._mover.write(
             WriteJob(
                 owner=transfer.machine.request.key,
                 peer_data_address=address,
                 writes=writes,
-                parts=layer_parts(sources) if is_hashed else [],
+                parts=layer_parts(sources, action.layers) if is_hashed else [],
                 on_end=on_end,
                 stage=stage,
             )

@@ -20,12 +20,11 @@ from ..common import wire
 from ..common.config import TransferSection
 from ..common.errors import InvariantError, ProtocolError
 from .events import ImportEvent, ImportFailed, Key, LeaseEnded, OfferArrived
-from .inbound import (
+from .inbound import Inbound, InboundState
+from .inbound_events import (
     Action,
     Event,
     ImportCancelled,
-    Inbound,
-    InboundState,
     LeaseTick,
     Reply,
     StartVerify,
@@ -36,7 +35,7 @@ from .inbound import (
     WriterUp,
 )
 from .jobs import VerifyJob
-from .pages import expand, layer_parts
+from .pages import LayerSpan, expand, layer_parts
 from .session import Control, Peer
 
 MAX_REMEMBERED_KEYS = 65536
@@ -191,11 +190,11 @@ class Importer:
             self._post_event(LeaseEnded(grant.lease_id))
             return
         pages = {"kv": expand(grant.kv_runs), "index": expand(grant.index_runs)}
-        num_checksums = sum(region.num_layers for region in self._regions.values())
         machine = Inbound(
             grant,
             num_pages,
-            num_checksums if self._has_checksums and not is_shared else 0,
+            sum(region.num_layers for region in self._regions.values()),
+            self._has_checksums and not is_shared,
             self._config,
             self._control.clock,
         )
@@ -371,16 +370,18 @@ class Importer:
             self._post_event(action.event)
 
     def _start_verify(self, lease: _Lease, action: StartVerify) -> None:
-        first, end = action.first_page, action.first_page + action.num_pages
+        chunk = action.chunk
+        first, end = chunk.first_page, chunk.first_page + chunk.num_pages
         parts = layer_parts(
-            [(region, lease.pages[name][first:end]) for name, region in self._regions.items()]
+            [(region, lease.pages[name][first:end]) for name, region in self._regions.items()],
+            LayerSpan(chunk.first_layer, chunk.num_layers),
         )
-        on_end = partial(self._on_verify_end, lease, action.sequence, action.tries)
+        on_end = partial(self._on_verify_end, lease, chunk.sequence, chunk.tries)
         self._mover.verify(
             VerifyJob(
                 owner=(lease.machine.lease_id, "verify"),
                 parts=parts,
-                expected=action.checksums,
+                expected=chunk.checksums,
                 on_end=on_end,
             )
         )

@@ -26,6 +26,19 @@ from ..common.clock import Clock
 from ..common.config import TransferSection
 from ..common.errors import InvariantError, ProtocolError
 from .events import ImportEvent, ImportFailed, ImportReady, Key, LeaseEnded, LeaseQuarantined
+from .inbound_events import (
+    Action,
+    Event,
+    ImportCancelled,
+    LeaseTick,
+    Reply,
+    StartVerify,
+    Tell,
+    Verified,
+    WriterDown,
+    WriterFenced,
+    WriterUp,
+)
 
 MAX_RESEND_INTERVALS = 16
 """What stays unanswered is sent again at doubling intervals, up to so many resend intervals."""
@@ -36,87 +49,6 @@ class InboundState(enum.Enum):
     READY = "ready"
     FAILED = "failed"
     ENDED = "ended"
-
-
-# ---- events that are not messages ----
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    sequence: int
-    tries: int
-    is_good: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ImportCancelled:
-    """Our own node gives the request up."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WriterUp:
-    """The session with the writer is up again, same incarnation."""
-
-
-@dataclass(frozen=True, slots=True)
-class WriterDown:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WriterFenced:
-    """The writer's incarnation is dead, or what it writes to is closed: it can never write again."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseTick:
-    pass
-
-
-Event = (
-    Verified
-    | ImportCancelled
-    | WriterUp
-    | WriterDown
-    | WriterFenced
-    | LeaseTick
-    | wire.Offer
-    | wire.Chunk
-    | wire.Commit
-    | wire.Cancel
-    | wire.Drained
-)
-
-
-# ---- actions ----
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    message: wire.AnyMessage
-
-
-@dataclass(frozen=True, slots=True)
-class StartVerify:
-    """Hash these pages of the prompt and compare."""
-
-    sequence: int
-    tries: int
-    first_page: int
-    num_pages: int
-    checksums: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    event: ImportEvent
-
-
-Action = Reply | StartVerify | Tell
 
 
 @dataclass(slots=True)
@@ -133,12 +65,14 @@ class Inbound:
 
     Attributes:
         num_pages: pages of the prompt, all of which must arrive.
-        num_checksums: values a chunk must carry, one a layer; 0: none, nothing is verified.
+        num_layers: of all regions together, in each of which they must.
+        has_checksums: whether a chunk must carry one a layer; else nothing is verified.
     """
 
     grant: wire.Grant
     num_pages: int
-    num_checksums: int
+    num_layers: int
+    has_checksums: bool
     config: TransferSection
     clock: Clock
     state: InboundState = InboundState.RECEIVING
@@ -198,28 +132,27 @@ class Inbound:
             return
         self._check(chunk)
         self.arrivals[chunk.sequence] = arrival = _Arrival(chunk)
-        if self.num_checksums:
-            self._actions.append(
-                StartVerify(
-                    chunk.sequence, chunk.tries, chunk.first_page, chunk.num_pages, chunk.checksums
-                )
-            )
+        if self.has_checksums:
+            self._actions.append(StartVerify(chunk))
         else:
             self._decide(arrival, True)
 
     def _check(self, chunk: wire.Chunk) -> None:
         """Raises ProtocolError for a chunk that cannot belong to this lease."""
-        end = chunk.first_page + chunk.num_pages
+        end, end_layer = chunk.first_page + chunk.num_pages, chunk.first_layer + chunk.num_layers
         is_inside = 0 <= chunk.first_page < end <= self.num_pages
-        if not is_inside or not 0 <= chunk.sequence < self.num_pages or chunk.tries < 1:
+        is_inside = is_inside and 0 <= chunk.first_layer < end_layer <= self.num_layers
+        max_chunks = self.num_pages * self.num_layers
+        if not is_inside or not 0 <= chunk.sequence < max_chunks or chunk.tries < 1:
             raise ProtocolError(
                 f"lease {self.lease_id}: chunk {chunk.sequence}, try {chunk.tries} has pages "
-                f"[{chunk.first_page}, {end}) of {self.num_pages}"
+                f"[{chunk.first_page}, {end}) of {self.num_pages} in layers "
+                f"[{chunk.first_layer}, {end_layer}) of {self.num_layers}"
             )
-        if self.num_checksums and len(chunk.checksums) != self.num_checksums:
+        if self.has_checksums and len(chunk.checksums) != chunk.num_layers:
             raise ProtocolError(
                 f"lease {self.lease_id}: {len(chunk.checksums)} checksums for "
-                f"{self.num_checksums} layers"
+                f"{chunk.num_layers} layers"
             )
 
     def _on_verified(self, event: Verified) -> None:
@@ -263,17 +196,30 @@ class Inbound:
         self._tell(ImportReady(self.key, self.lease_id, commit.first_token, commit.warm_positions))
 
     def _coverage_fault(self, commit: wire.Commit) -> str:
-        """Why verified chunks are not exactly the prompt's pages; empty if they are."""
-        next_page = 0
+        """Why verified chunks are not exactly the prompt's pages; empty if they are.
+
+        In order they must be: the layers of the first pages, from 0 to the last, then those of the
+        next pages.
+        """
+        next_page, next_layer, num_pages = 0, 0, 0
         for sequence in range(len(self.arrivals)):
             arrival = self.arrivals.get(sequence)
-            if arrival is None or arrival.chunk.first_page != next_page:
-                return f"chunk {sequence} does not begin at page {next_page}"
-            next_page += arrival.chunk.num_pages
-        if len(self.arrivals) != commit.num_chunks or next_page != self.num_pages:
+            chunk = None if arrival is None else arrival.chunk
+            if chunk is None or (chunk.first_page, chunk.first_layer) != (next_page, next_layer):
+                return f"chunk {sequence} does not begin at page {next_page}, layer {next_layer}"
+            if next_layer and chunk.num_pages != num_pages:
+                return f"chunk {sequence} has {chunk.num_pages} pages, not {num_pages}"
+            num_pages = chunk.num_pages
+            next_layer += chunk.num_layers
+            if next_layer == self.num_layers:
+                next_page, next_layer = next_page + num_pages, 0
+        if len(self.arrivals) != commit.num_chunks or (next_page, next_layer) != (
+            self.num_pages,
+            0,
+        ):
             return (
                 f"{len(self.arrivals)} of {commit.num_chunks} chunks hold {next_page} "
-                f"of {self.num_pages} pages"
+                f"of {self.num_pages} pages and {next_layer} layers of the next"
             )
         return ""
 

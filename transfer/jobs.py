@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from .checksum import Segment
-from .transport import TicketStatus, Write
+from .transport import TicketStatus, Writes
 
 Part = Sequence[Segment]
 """Bytes that are hashed to one value, in this order: a chunk's pages in one layer."""
@@ -24,8 +24,8 @@ class PageSource(Protocol):
     made on the mover's thread.
     """
 
-    def stage(self, pages: Sequence[int]) -> Callable[[], bool]:
-        """The pages' bytes are final in the exporter's regions."""
+    def stage(self, pages: Sequence[int], layers: Mapping[str, range]) -> Callable[[], bool]:
+        """The pages' bytes in these layers (by region name) are final in the exporter's regions."""
         ...
 
     def settle(self) -> Callable[[], bool]:
@@ -52,7 +52,7 @@ class WriteJob:
 
     owner: Hashable
     peer_data_address: str
-    writes: Sequence[Write]
+    writes: Writes
     parts: Sequence[Part]
     on_end: Callable[[WriteResult], None]
     stage: Stage | None = None

@@ -26,7 +26,16 @@ from typing import Any
 
 from ..common.errors import InvariantError, TransferError
 from .own_sockets import cut_connections, listening_ports
-from .transport import Channel, Ticket, TicketStatus, Transport, Write, check_new_range
+from .transport import (
+    Channel,
+    Ticket,
+    TicketStatus,
+    Transport,
+    Write,
+    Writes,
+    as_writes,
+    check_new_range,
+)
 
 ENVIRONMENT_DEFAULTS = {
     "MC_LOG_LEVEL": "WARNING",
@@ -78,9 +87,13 @@ class MooncakeTransport(Transport):
     Args:
         host: interface and name under which peers reach the engine.
         protocol: "tcp" or "rdma".
+        retired_ports: of engines that `renew` replaced; shared by transports that one peer address
+            names, since none of them may take such a port again.
     """
 
-    def __init__(self, host: str, protocol: str = "tcp") -> None:
+    def __init__(
+        self, host: str, protocol: str = "tcp", *, retired_ports: set[int] | None = None
+    ) -> None:
         """Starts the engine; TransferError if it is not installed or does not start."""
         for name, value in ENVIRONMENT_DEFAULTS.items():
             os.environ.setdefault(name, value)
@@ -93,7 +106,7 @@ class MooncakeTransport(Transport):
         self._protocol = protocol
         self._ranges: list[tuple[int, int]] = []
         self._retired: list[Any] = []
-        self._retired_ports: frozenset[int] = frozenset()
+        self._retired_ports = set() if retired_ports is None else retired_ports
         self._has_submitted = False
         self._engine: Any = None
         self._engine, self._ports = self._start()
@@ -135,7 +148,7 @@ class MooncakeTransport(Transport):
         self._has_submitted = True
         peer = channel.peer_data_address
         if self._has_scatter:
-            return _Ticket([], self._submit_scatter(peer, writes))
+            return _Ticket([], self._submit_scatter(peer, as_writes(writes)))
         ticket = _Ticket([])
         for write in writes:
             number = engine.transfer_submit_write(peer, write.source, write.target, write.num_bytes)
@@ -204,10 +217,8 @@ class MooncakeTransport(Transport):
             return TicketStatus.PENDING
         return ticket.failure or TicketStatus.DONE
 
-    def _submit_scatter(self, peer: str, writes: Sequence[Write]) -> Any:
-        sizes = [write.num_bytes for write in writes]
-        sources = [write.source for write in writes]
-        targets = [write.target for write in writes]
+    def _submit_scatter(self, peer: str, writes: Writes) -> Any:
+        sources, targets, sizes = writes.rows.T.tolist()
         no_offsets = [[0]] * len(writes)
         lengths = [[size] for size in sizes]
         return self._running().submit_scatter_write(

@@ -25,7 +25,7 @@ from ..common.config import TransferSection
 from ..common.errors import TransferError
 from .checksum import NUM_THREADS, checksums, next_parts
 from .jobs import VerifyJob, WriteJob, WriteResult
-from .transport import Channel, Ticket, TicketStatus, Transport, Write
+from .transport import Channel, Ticket, TicketStatus, Transport, Writes
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ POLL_S = 0.0003
 _SLOW_POLL_S = 0.05
 """While only a peer that does not answer is waited for."""
 _SLICE_BYTES = NUM_THREADS * 1024 * 1024
-"""Hashed between two looks at what is in flight: about 0.1 ms."""
+"""Hashed between two looks at what is in flight: 0.1 ms, and more where layers are long."""
 _MAX_JOBS = 65536
 _NO_LIMIT = 1 << 30
 
@@ -211,9 +211,13 @@ class Mover:
 
     def _room(self, address: str) -> int:
         channel = self._channels.get(address)
-        if isinstance(channel, Channel) and not channel.is_limited:
-            return _NO_LIMIT
-        return self._config.max_writes_in_flight - self._num_in_flight.get(address, 0)
+        num_lanes = 1
+        if isinstance(channel, Channel):
+            if not channel.is_limited:
+                return _NO_LIMIT
+            num_lanes = channel.num_lanes
+        limit = num_lanes * self._config.max_writes_in_flight
+        return limit - self._num_in_flight.get(address, 0)
 
     def _take_inbox(self) -> list[Callable[[], None]]:
         with self._wakeup:
@@ -282,7 +286,7 @@ class Mover:
             self._land_one(task)
 
     def _advance(self, task: _Writing) -> bool:
-        """Submits one batch; True once everything is submitted, or it has failed."""
+        """Submits a batch a lane; True once everything is submitted, or it has failed."""
         if not task.is_submitted:
             self._submit(task)
         if task.is_submitted:
@@ -299,27 +303,23 @@ class Mover:
             del self._channels[address]
             task.fail(TicketStatus.FAILED_DRAINED, str(channel))
             return
-        writes = self._next_batch(task, self._room(address), channel)
-        if writes:
+        for _ in range(channel.num_lanes):
+            writes = self._next_batch(task, self._room(address), channel)
+            if not len(writes):
+                return
             ticket = self._transport.submit(channel, writes)
             deadline_s = self._clock.now() + self._config.write_timeout_s
             task.flights.append(_Flight(ticket, len(writes), deadline_s))
             task.num_submitted += len(writes)
             in_flight = self._num_in_flight.get(address, 0)
             self._num_in_flight[address] = in_flight + len(writes)
-            self.bytes_written += sum(write.num_bytes for write in writes)
+            self.bytes_written += writes.num_bytes
 
-    def _next_batch(self, task: _Writing, room: int, channel: Channel) -> list[Write]:
+    def _next_batch(self, task: _Writing, room: int, channel: Channel) -> Writes:
         share = -(-self._config.max_writes_in_flight // 4)
         max_writes = min(room, share) if channel.is_limited else room
-        batch: list[Write] = []
-        num_bytes = 0
-        for write in task.job.writes[task.num_submitted : task.num_submitted + max_writes]:
-            batch.append(write)
-            num_bytes += write.num_bytes
-            if num_bytes >= channel.batch_bytes:
-                break
-        return batch
+        rest = task.job.writes[task.num_submitted :]
+        return rest.head(max(0, max_writes), channel.batch_bytes)
 
     def _channel(self, address: str) -> Channel | TransferError | float:
         if address not in self._channels:

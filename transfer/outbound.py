@@ -39,7 +39,25 @@ from .events import (
     ExportRequest,
     ExportUnquarantined,
 )
-from .jobs import PageSource, WriteResult
+from .jobs import PageSource
+from .outbound_events import (
+    Action,
+    CancelRequested,
+    CommitReady,
+    Event,
+    PagesReady,
+    PeerDown,
+    PeerReplaced,
+    PeerUp,
+    Post,
+    Send,
+    StartWrite,
+    StopWrites,
+    TargetFenced,
+    Tick,
+    WriteEnded,
+)
+from .pages import LayerSpan
 from .transport import TicketStatus
 
 
@@ -54,116 +72,6 @@ class OutboundState(enum.Enum):
     CLOSED = "closed"
 
 
-# ---- events that are not messages ----
-
-
-@dataclass(frozen=True, slots=True)
-class PagesReady:
-    first_page: int
-    source_pages: tuple[int, ...]
-    source: PageSource | None = None
-    """What makes them final; None: they are."""
-
-
-@dataclass(frozen=True, slots=True)
-class CommitReady:
-    first_token: wire.OutputToken
-    warm_positions: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CancelRequested:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WriteEnded:
-    sequence: int
-    tries: int
-    result: WriteResult
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class PeerUp:
-    """A session with decode is up: the first, or the same incarnation again."""
-
-
-@dataclass(frozen=True, slots=True)
-class PeerDown:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PeerReplaced:
-    """The incarnation that granted the lease is dead."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class TargetFenced:
-    """Decode lives, and has closed the address that the lease was granted under."""
-
-    reason: str
-
-
-Event = (
-    PagesReady
-    | CommitReady
-    | CancelRequested
-    | WriteEnded
-    | Tick
-    | PeerUp
-    | PeerDown
-    | PeerReplaced
-    | TargetFenced
-    | wire.Grant
-    | wire.Defer
-    | wire.Refuse
-    | wire.ChunkAck
-    | wire.CommitAck
-    | wire.Cancel
-    | wire.DrainedAck
-)
-
-
-# ---- actions ----
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    message: wire.AnyMessage
-
-
-@dataclass(frozen=True, slots=True)
-class StartWrite:
-    """Write these source pages over the lease's pages from `first_page` on."""
-
-    sequence: int
-    tries: int
-    first_page: int
-    source_pages: tuple[int, ...]
-    source: PageSource | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StopWrites:
-    """Submit no more; those in flight still end with WriteEnded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Post:
-    event: ExportEvent
-
-
-Action = Send | StartWrite | StopWrites | Post
-
-
 class _ChunkState(enum.Enum):
     WAITING = "waiting for a grant"
     WRITING = "being written"
@@ -176,6 +84,7 @@ class _Chunk:
     sequence: int
     first_page: int
     source_pages: tuple[int, ...]
+    layers: LayerSpan
     source: PageSource | None
     state: _ChunkState = _ChunkState.WAITING
     tries: int = 0
@@ -193,6 +102,8 @@ class Outbound:
     state: OutboundState = OutboundState.OFFERED
     lease_id: int = 0
     num_leased_pages: int = 0
+    num_pages: int = 0
+    """Pages given by pages_ready so far."""
     chunks: list[_Chunk] = field(default_factory=list)
     num_in_flight: int = 0
     has_unknown: bool = False
@@ -228,11 +139,6 @@ class Outbound:
         handle(self, event)
         actions, self._actions = self._actions, []
         return actions
-
-    @property
-    def num_pages(self) -> int:
-        """Pages given by pages_ready so far."""
-        return sum(len(chunk.source_pages) for chunk in self.chunks)
 
     # ---- towards the grant ----
 
@@ -278,9 +184,11 @@ class Outbound:
                 f"{self.request.key}: {len(event.source_pages)} pages at {event.first_page} "
                 f"after {self.num_pages} pages" + (" and the commit" if self._commit else "")
             )
-        self.chunks.append(
-            _Chunk(len(self.chunks), event.first_page, event.source_pages, event.source)
-        )
+        self.num_pages += len(event.source_pages)
+        for layers in event.pieces:
+            self.chunks.append(
+                _Chunk(len(self.chunks), event.first_page, event.source_pages, layers, event.source)
+            )
 
     def _on_pages(self, event: PagesReady) -> None:
         self._buffer_pages(event)
@@ -301,7 +209,12 @@ class Outbound:
         self.num_in_flight += 1
         self._actions.append(
             StartWrite(
-                chunk.sequence, chunk.tries, chunk.first_page, chunk.source_pages, chunk.source
+                chunk.sequence,
+                chunk.tries,
+                chunk.first_page,
+                chunk.source_pages,
+                chunk.layers,
+                chunk.source,
             )
         )
 
@@ -326,6 +239,8 @@ class Outbound:
                 tries=chunk.tries,
                 first_page=chunk.first_page,
                 num_pages=len(chunk.source_pages),
+                first_layer=chunk.layers.first,
+                num_layers=chunk.layers.num_layers,
                 checksums=chunk.checksums,
             )
         )

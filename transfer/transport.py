@@ -8,9 +8,12 @@ remote registered memory. A batch is not atomic: when it fails, any part of it m
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..common.errors import TransferError
 
@@ -23,6 +26,53 @@ class Write(NamedTuple):
     num_bytes: int
 
 
+class Writes(Sequence[Write]):
+    """Many writes in one array: planned, cut and handed on without a Python object for each.
+
+    `rows`: int64 [writes, 3]: source, target, bytes. Read it, do not change it.
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self, writes: Sequence[Write] | NDArray[np.int64]) -> None:
+        self.rows: NDArray[np.int64] = np.asarray(writes, dtype=np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, key: int) -> Write: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> Writes: ...
+
+    def __getitem__(self, key: int | slice) -> Write | Writes:
+        if isinstance(key, slice):
+            return Writes(self.rows[key])
+        return Write(*self.rows[key].tolist())
+
+    def __iter__(self) -> Iterator[Write]:
+        return map(Write._make, self.rows.tolist())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.rows, dtype=dtype, copy=copy)
+
+    def head(self, max_writes: int, max_bytes: int) -> Writes:
+        """The first writes: as many as it takes to reach `max_bytes`, at most `max_writes`."""
+        rows = self.rows[:max_writes]
+        num_whole = int(np.searchsorted(rows[:, 2].cumsum(), max_bytes))
+        return Writes(rows[: num_whole + 1])
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.rows[:, 2].sum())
+
+
+def as_writes(writes: Sequence[Write]) -> Writes:
+    """`writes` as one array; itself if it is one."""
+    return writes if isinstance(writes, Writes) else Writes(writes)
+
+
 BATCH_BYTES = 1024 * 1024
 
 
@@ -33,11 +83,13 @@ class Channel:
     Attributes:
         batch_bytes: writes are submitted together up to so many bytes: one ticket, one look at it.
         is_limited: whether writes in flight count against `max_writes_in_flight`.
+        num_lanes: ways that batches take in turn; so many times the limit may be in flight.
     """
 
     peer_data_address: str
     batch_bytes: int = BATCH_BYTES
     is_limited: bool = True
+    num_lanes: int = 1
 
 
 class Ticket:
@@ -59,7 +111,7 @@ class TicketStatus(enum.Enum):
 class Transport(Protocol):
     @property
     def data_address(self) -> str:
-        """Where peers reach this transport; goes into Hello."""
+        """Where peers reach this transport; goes into Hello. Without a comma, but for StripedTransport."""
         ...
 
     def register(self, address: int, num_bytes: int) -> None:

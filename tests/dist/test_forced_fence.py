@@ -20,6 +20,7 @@ from tidepool.transfer.loopback import Fault, LoopbackTransport
 from tidepool.transfer.mooncake import MooncakeTransport
 from tidepool.transfer.own_sockets import listening_ports
 from tidepool.transfer.transport import Channel, TicketStatus, Transport, Write
+from tidepool.transfer.transports import make_tcp
 
 SIZE = 1 << 20
 HOT = {"decode.hot_rows": INDEX_TOPK, "kv.page_size": 4}
@@ -38,7 +39,14 @@ def write(transport: Transport, channel: Channel, source: Memory, target: Memory
     return transport.poll(ticket)
 
 
-@pytest.mark.parametrize("make", [LoopbackTransport, lambda: MooncakeTransport("127.0.0.1")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        LoopbackTransport,
+        lambda: MooncakeTransport("127.0.0.1"),
+        lambda: make_tcp("127.0.0.1", 2),
+    ],
+)
 def test_a_renewed_transport_takes_writes_at_its_new_address_only(
     make: Callable[[], Transport],
 ) -> None:

@@ -33,8 +33,8 @@ from tidepool.transfer import events
 from tidepool.transfer.control import ControlLoop
 from tidepool.transfer.fencing import DataFence
 from tidepool.transfer.importer import Importer
-from tidepool.transfer.mooncake import MooncakeTransport
 from tidepool.transfer.mover import Mover
+from tidepool.transfer.transports import make_tcp
 from tidepool.transfer.shared_paths import machine_id
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -101,7 +101,7 @@ class Decode:
             make_region(kv, "kv", LAYERS, NUM_PAGES, PAGE_BYTES),
             make_region(index, "index", LAYERS, NUM_PAGES, INDEX_BYTES),
         )
-        self.transport = MooncakeTransport("127.0.0.1")
+        self.transport = make_tcp("127.0.0.1", 2)
         for memory in self.memories.values():
             self.transport.register(memory.address, memory.num_bytes)
         self.control = ControlLoop(

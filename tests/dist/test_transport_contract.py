@@ -14,7 +14,9 @@ from helpers.memory import Memory
 from tidepool.common.errors import TransferError
 from tidepool.transfer.loopback import Fault, LoopbackTransport
 from tidepool.transfer.mooncake import MooncakeTransport
+from tidepool.transfer.striped import StripedTransport
 from tidepool.transfer.transport import Channel, TicketStatus, Transport, Write
+from tidepool.transfer.transports import make_tcp
 
 SIZE = 1 << 20
 FAILED = (TicketStatus.FAILED_DRAINED, TicketStatus.FAILED_UNKNOWN)
@@ -54,6 +56,8 @@ def wait(
 MAKERS: dict[str, Callable[[], Transport]] = {
     "loopback": LoopbackTransport,
     "mooncake": lambda: MooncakeTransport("127.0.0.1", "tcp"),
+    "striped loopback": lambda: StripedTransport([LoopbackTransport(), LoopbackTransport()]),
+    "striped mooncake": lambda: make_tcp("127.0.0.1", 2),
 }
 
 

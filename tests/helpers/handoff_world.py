@@ -130,14 +130,16 @@ class LeaseRecord:
 class World:
     """See the module. Decode's incarnations share one memory only within an epoch."""
 
-    def __init__(self, config: TransferSection = CONFIG) -> None:
-        self.config = config
+    def __init__(self, config: TransferSection = CONFIG, num_layers: int = 1) -> None:
+        """With more layers than one, each is written, announced and verified by itself."""
+        self.config = config if num_layers == 1 else dataclasses.replace(config, max_chunk_bytes=1)
+        self.num_layers = num_layers
         self.clock = FakeClock(100.0)
         self.epochs = {"p": 0, "d": 0}
         self.wire: list[tuple[Node, Node, wire.AnyMessage]] = []
         """Messages under way: (from, to, message)."""
         self.late_writes: list[tuple[Node, WriteJob, dict[int, int]]] = []
-        """(target node, job, page -> tag) of writes with an unknown outcome."""
+        """(target node, job, slot -> tag) of writes with an unknown outcome."""
         self.protocol_errors: list[str] = []
         self.next_key = 0
         self.num_unknown = 0
@@ -152,7 +154,7 @@ class World:
         control = FakeControl(self.clock)
         mover = FakeMover()
         if name == "p":
-            region = wire.Region("kv", 1 << 20, 1, NUM_SOURCE_PAGES, PAGE_BYTES)
+            region = wire.Region("kv", 1 << 20, self.num_layers, NUM_SOURCE_PAGES, PAGE_BYTES)
             peer = Peer(
                 "p", self.epochs[name], "prefill", hello("p", "prefill", self.epochs[name], region)
             )
@@ -167,11 +169,11 @@ class World:
             )
             self.p = node
             self.free_source = set(range(NUM_SOURCE_PAGES))
-            self.source_tag: dict[int, int] = dict.fromkeys(range(NUM_SOURCE_PAGES), 0)
+            self.source_tag = dict.fromkeys(range(self.num_layers * NUM_SOURCE_PAGES), 0)
             self.jobs: dict[Key, dict[str, Any]] = {}
             self.quarantined_source: set[int] = set()
         else:
-            region = wire.Region("kv", 2 << 20, 1, NUM_TARGET_PAGES, PAGE_BYTES)
+            region = wire.Region("kv", 2 << 20, self.num_layers, NUM_TARGET_PAGES, PAGE_BYTES)
             peer = Peer(
                 "d", self.epochs[name], "decode", hello("d", "decode", self.epochs[name], region)
             )
@@ -186,7 +188,7 @@ class World:
             )
             self.d = node
             self.free_target = set(range(NUM_TARGET_PAGES))
-            self.target_tag: dict[int, int] = dict.fromkeys(range(NUM_TARGET_PAGES), 0)
+            self.target_tag = dict.fromkeys(range(self.num_layers * NUM_TARGET_PAGES), 0)
             self.leases: dict[int, LeaseRecord] = {}
             self.undecided: list[events.OfferArrived] = []
             self.expected_tag: dict[Key, int] = getattr(self, "expected_tag", {})
@@ -271,7 +273,10 @@ class World:
     # ---- memory ----
 
     def tags_of(self, job: WriteJob) -> dict[int, int]:
-        """What the job's writes would put into target pages, were they executed now."""
+        """What the job's writes would put into target slots, were they executed now.
+
+        A slot is a page of a layer: layer * pages + page.
+        """
         tags = {}
         for write in job.writes:
             for offset in range(0, write.num_bytes, PAGE_BYTES):
@@ -279,6 +284,10 @@ class World:
                 target = (write.target + offset - (2 << 20)) // PAGE_BYTES
                 tags[target] = self.source_tag[source]
         return tags
+
+    def tag_source(self, page: int, tag: int) -> None:
+        for layer in range(self.num_layers):
+            self.source_tag[layer * NUM_SOURCE_PAGES + page] = tag
 
     def target_of(self, job: WriteJob) -> Node | None:
         is_alive = job.peer_data_address == self.d.peer.hello.data_address
@@ -288,13 +297,14 @@ class World:
         """THE property: no write lands in a page after its lease ended."""
         if target is not self.d:
             return
-        for page, tag in tags.items():
+        for slot, tag in tags.items():
+            page = slot % NUM_TARGET_PAGES
             holders = [
                 lease for lease in self.leases.values() if lease.is_open and page in lease.pages
             ]
             assert len(holders) == 1, f"a write landed in page {page}, held by {holders}"
             assert holders[0].outcome != "ready", f"page {page} was written while its request runs"
-            self.target_tag[page] = tag
+            self.target_tag[slot] = tag
 
     def end_write(self, index: int, status: TicketStatus, *, is_bad: bool = False) -> None:
         job = self.p.mover.writes.pop(index)
@@ -337,7 +347,7 @@ class World:
         pages = sorted(self.free_source)[:num_pages]
         self.free_source -= set(pages)
         for page in pages:
-            self.source_tag[page] = self.next_key * 1000 + page
+            self.tag_source(page, self.next_key * 1000 + page)
         self.jobs[key] = {"pages": pages, "given": 0, "log": [], "committed": False}
         self.expected_tag[key] = self.next_key
         request = ExportRequest(key[0], 0, num_pages, wire.Sampling(max_tokens=1), "f", "d", "addr")
@@ -393,7 +403,7 @@ class World:
                 assert not self.free_source & pages
                 self.free_source |= pages
                 for page in pages:
-                    self.source_tag[page] = -2  # poison: whoever reads it now reads garbage
+                    self.tag_source(page, -2)  # poison: whoever reads it now reads garbage
 
     # ---- decode's step thread ----
 
@@ -408,7 +418,11 @@ class World:
             lease.outcome = "ready"
             assert event.first_token == TOKEN
             number = self.expected_tag[lease.key]
-            got = [self.target_tag[page] // 1000 for page in lease.pages]
+            got = [
+                self.target_tag[layer * NUM_TARGET_PAGES + page] // 1000
+                for page in lease.pages
+                for layer in range(self.num_layers)
+            ]
             assert got == [number] * len(got), f"ready with pages of {got}, not {number}"
         elif isinstance(event, events.ImportFailed):
             assert lease.outcome == ""

@@ -24,9 +24,9 @@ from tidepool.transfer import events
 from tidepool.transfer.control import ControlLoop
 from tidepool.transfer.exporter import Exporter
 from tidepool.transfer.memory_copies import Block, MemoryTransport, RoutedTransport
-from tidepool.transfer.mooncake import MooncakeTransport
 from tidepool.transfer.mover import Mover
 from tidepool.transfer.shared_paths import SharedPaths, machine_id
+from tidepool.transfer.transports import make_tcp
 
 TAGS = range(1, 251)
 POISON = 0xFB
@@ -82,7 +82,7 @@ def main() -> None:
         make_region(kv, "kv", LAYERS, PAGES, PAGE_BYTES),
         make_region(index, "index", LAYERS, PAGES, INDEX_BYTES),
     )
-    transport = RoutedTransport(MooncakeTransport("127.0.0.1"), MemoryTransport(copy_slowly))
+    transport = RoutedTransport(make_tcp("127.0.0.1", 2), MemoryTransport(copy_slowly))
     for memory in (kv, index):
         transport.register(memory.address, memory.num_bytes)
     control = ControlLoop(node_id, "prefill", epoch, layout_hash="x", config=config())

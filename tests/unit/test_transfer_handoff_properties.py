@@ -44,7 +44,7 @@ def finish(world: World) -> None:
 class Handoffs(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = World(num_layers=2)
         self.world.session_up("p")
 
     @rule(num_pages=st.integers(1, 6))
@@ -261,7 +261,7 @@ def walk_once(world: World, rng: random.Random, what: str) -> None:  # noqa: PLR
 def walk(seed: int, num_steps: int) -> Counter[str]:
     """A weighted random walk; returns how often each end was reached."""
     rng = random.Random(seed)
-    world = World()
+    world = World(num_layers=1 + seed % 2)
     world.session_up("p")
     tally: Counter[str] = Counter()
     for what in rng.choices(list(WEIGHTS), list(WEIGHTS.values()), k=num_steps):

@@ -15,9 +15,11 @@ from tidepool.transfer import inbound, outbound
 from tidepool.transfer.events import ExportRequest, Key
 from tidepool.transfer.inbound import Inbound, InboundState
 from tidepool.transfer.outbound import Outbound, OutboundState
+from tidepool.transfer.pages import LayerSpan
 from tidepool.transfer.transport import TicketStatus
 
 REQUEST = ExportRequest("r", 0, 2, wire.Sampling(max_tokens=1), "f", "d", "tcp://d")
+ALL = (LayerSpan(0, 2),)
 GRANT = wire.Grant("r", 0, 9, (wire.PageRun(0, 2),), ())
 
 
@@ -26,7 +28,7 @@ def make_outbound() -> Outbound:
 
 
 def make_inbound() -> Inbound:
-    return Inbound(GRANT, 2, 2, CONFIG, FakeClock())
+    return Inbound(GRANT, 2, 2, True, CONFIG, FakeClock())
 
 
 def blank(event: type) -> Any:
@@ -102,17 +104,17 @@ def test_a_deferred_offer_is_made_again_after_the_time_named_if_it_makes_sense(
 
 def test_pages_out_of_order_are_our_own_fault() -> None:
     machine = make_outbound()
-    machine.advance(outbound.PagesReady(0, (1,)))
+    machine.advance(outbound.PagesReady(0, (1,), ALL))
     with pytest.raises(InvariantError, match="after 1 pages"):
-        machine.advance(outbound.PagesReady(0, (1,)))
+        machine.advance(outbound.PagesReady(0, (1,), ALL))
 
 
 def test_pages_after_the_commit_are_our_own_fault() -> None:
     machine = make_outbound()
-    machine.advance(outbound.PagesReady(0, (1,)))
+    machine.advance(outbound.PagesReady(0, (1,), ALL))
     machine.advance(outbound.CommitReady(TOKEN, ()))
     with pytest.raises(InvariantError, match="the commit"):
-        machine.advance(outbound.PagesReady(1, (2,)))
+        machine.advance(outbound.PagesReady(1, (2,), ALL))
 
 
 def test_a_commit_without_pages_is_our_own_fault() -> None:
@@ -127,6 +129,8 @@ def chunk(**changes: Any) -> wire.Chunk:
         "tries": 1,
         "first_page": 0,
         "num_pages": 2,
+        "first_layer": 0,
+        "num_layers": 2,
         "checksums": (1, 2),
     }
     return wire.Chunk(**{**plain, **changes})
@@ -140,7 +144,12 @@ def chunk(**changes: Any) -> wire.Chunk:
         {"num_pages": 0},
         {"num_pages": 3},
         {"sequence": -1},
-        {"sequence": 2},
+        {"sequence": 4},
+        {"first_layer": -1},
+        {"first_layer": 1},
+        {"num_layers": 0},
+        {"num_layers": 3},
+        {"num_layers": 1},
         {"tries": 0},
         {"checksums": ()},
         {"checksums": (1,)},
@@ -162,6 +171,55 @@ def test_chunks_that_leave_a_page_out_never_make_a_request_ready() -> None:
     actions = machine.advance(wire.Commit(9, 1, TOKEN, ()))
     assert machine.state is InboundState.FAILED
     assert any(isinstance(each, inbound.Reply) for each in actions)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [(0, 2, 0, 1)],
+        [(0, 2, 1, 1), (0, 2, 0, 1)],
+        [(0, 2, 0, 1), (0, 1, 1, 1), (1, 1, 1, 1)],
+        [(0, 2, 0, 1), (0, 2, 0, 2)],
+        [(0, 1, 0, 2), (1, 1, 0, 1)],
+    ],
+)
+def test_layers_that_are_left_out_or_disagree_never_make_a_request_ready(
+    pieces: list[tuple[int, int, int, int]],
+) -> None:
+    machine = make_inbound()
+    for sequence, (first_page, num_pages, first_layer, num_layers) in enumerate(pieces):
+        machine.advance(
+            chunk(
+                sequence=sequence,
+                first_page=first_page,
+                num_pages=num_pages,
+                first_layer=first_layer,
+                num_layers=num_layers,
+                checksums=(1,) * num_layers,
+            )
+        )
+        machine.advance(inbound.Verified(sequence, 1, True))
+    machine.advance(wire.Commit(9, len(pieces), TOKEN, ()))
+    assert machine.state is InboundState.FAILED
+
+
+def test_pages_that_arrive_layer_by_layer_make_a_request_ready() -> None:
+    machine = make_inbound()
+    pieces = [(0, 1, 0, 2), (1, 1, 0, 1), (1, 1, 1, 1)]
+    for sequence, (first_page, num_pages, first_layer, num_layers) in enumerate(pieces):
+        machine.advance(
+            chunk(
+                sequence=sequence,
+                first_page=first_page,
+                num_pages=num_pages,
+                first_layer=first_layer,
+                num_layers=num_layers,
+                checksums=(1,) * num_layers,
+            )
+        )
+        machine.advance(inbound.Verified(sequence, 1, True))
+    machine.advance(wire.Commit(9, len(pieces), TOKEN, ()))
+    assert machine.state is InboundState.READY
 
 
 def test_a_chunk_twice_under_two_numbers_never_makes_a_request_ready() -> None:

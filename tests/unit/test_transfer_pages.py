@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from tidepool.common.errors import ProtocolError
 from tidepool.common.wire import PageRun, Region
 from tidepool.transfer.checksum import checksum
-from tidepool.transfer.pages import check_regions, check_runs, expand, layer_parts, plan_writes
+from tidepool.transfer.pages import (
+    LayerSpan,
+    check_regions,
+    check_runs,
+    expand,
+    join_writes,
+    layer_parts,
+    layers_in,
+    plan_writes,
+    slices,
+)
+from tidepool.transfer.transport import Write, Writes
 
 REGION = Region("kv", 0, 1, 10, 4)
 
@@ -111,3 +122,59 @@ def test_regions_that_differ_in_layers_or_page_bytes_are_refused() -> None:
     for other in ([Region("kv", 0, 2, 10, 4)], [Region("kv", 0, 1, 10, 8)], []):
         with pytest.raises(ProtocolError, match="regions differ"):
             check_regions([REGION], other)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_pieces_hold_each_layer_once_in_order_and_are_about_equal(data: st.DataObject) -> None:
+    kv = Region("kv", 1 << 30, data.draw(st.integers(1, 9)), 10, data.draw(st.integers(1, 50)))
+    index = Region("index", 1 << 40, data.draw(st.integers(0, 9)), 10, data.draw(st.integers(1, 9)))
+    num_pages, max_bytes = data.draw(st.integers(1, 10)), data.draw(st.integers(1, 3000))
+    pieces = slices([kv, index], num_pages, max_bytes)
+    covered = [
+        layer for each in pieces for layer in range(each.first, each.first + each.num_layers)
+    ]
+    assert covered == list(range(kv.num_layers + index.num_layers))
+    assert min(each.num_layers for each in pieces) >= 1
+    largest_layer = num_pages * max(kv.page_bytes, index.page_bytes if index.num_layers else 0)
+    pages = list(range(num_pages))
+    whole = layer_parts([(kv, pages), (index, pages)])
+    in_pieces = []
+    for each in pieces:
+        parts = layer_parts([(kv, pages), (index, pages)], each)
+        in_pieces += parts
+        assert sum(size for part in parts for _, size in part) < max_bytes + 2 * largest_layer
+        of_each = layers_in([kv, index], each)
+        assert sum(len(layers) for layers in of_each.values()) == each.num_layers
+    assert in_pieces == whole
+
+
+def test_writes_of_pieces_are_those_of_the_whole() -> None:
+    source, target = Region("kv", 1000, 5, 10, 4), Region("kv", 5000, 5, 20, 4)
+    pages = ([1, 2, 3, 7], [8, 9, 10, 11])
+    whole = plan_writes(source, target, *pages, 6)
+    pieces = [plan_writes(source, target, *pages, 6, each) for each in (range(2), range(2, 5))]
+    assert list(join_writes(pieces)) == list(whole)
+
+
+def test_slices_name_the_layers_of_each_region() -> None:
+    kv, index = Region("kv", 0, 3, 10, 4), Region("index", 0, 2, 10, 4)
+    assert layers_in([kv, index], LayerSpan(1, 3)) == {"kv": range(1, 3), "index": range(1)}
+    assert layers_in([kv, index], LayerSpan(3, 2)) == {"index": range(2)}
+
+
+def test_a_batch_of_writes_ends_with_the_one_that_reaches_the_limit() -> None:
+    writes = Writes([Write(0, 100, 10), Write(10, 110, 10), Write(20, 120, 10)])
+    assert [len(writes.head(9, limit)) for limit in (1, 10, 11, 20, 21, 30, 99)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        3,
+    ]
+    assert len(writes.head(2, 99)) == 2
+    assert len(writes.head(0, 99)) == 0
+    assert writes[1:].num_bytes == 20
+    assert writes[2] == Write(20, 120, 10)

@@ -168,5 +168,5 @@ def test_bytes_behind_the_message_are_a_protocol_error() -> None:
 
 
 def test_checksums_use_all_64_bits() -> None:
-    chunk = wire.Chunk(1, 0, 1, 0, 1, (2**64 - 1,))
+    chunk = wire.Chunk(1, 0, 1, 0, 1, 0, 1, (2**64 - 1,))
     assert wire.decode(wire.encode(wire.Envelope("a", 1, 1, chunk))).body == chunk
