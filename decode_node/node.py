@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..common.clock import MonotonicClock
 from ..common.config import Config
+from ..common.stages import Stages
 from ..common.step_loop import Engine, StepLoop
 from ..common.wire import Region
 from ..hostpool.keeper_link import KeeperLink
@@ -60,6 +61,7 @@ def build_node(
     bind_host: str,
     on_fatal: Callable[[BaseException], None],
     link: KeeperLink | None = None,
+    stages: Stages | None = None,
 ) -> Node:
     """Loads the model, registers host and index pool with the transport, binds the control socket.
 
@@ -67,10 +69,13 @@ def build_node(
         on_fatal: ends the process.
         link: to the node's keeper, which may hold what the process before left; None: nothing
             outlives this process.
+        stages: told how far the start is.
 
     Raises CheckpointError, ConfigError, PeerError or TransferError.
     """
+    stages = stages or Stages()
     runtime = load_runtime(config)
+    stages.mark("model")
     geometry = runtime.geometry
     clock = MonotonicClock()
     context = max_context(config, runtime.model.config)
@@ -79,7 +84,9 @@ def build_node(
     coordinator = build_coordinator(
         config, runtime.model.config, geometry, runtime.device, continuity.segment
     )
+    stages.mark("pools")
     kv = _init_kv_manager(config, coordinator, bind_host)
+    stages.mark("transport")
     control = ControlLoop(
         node_id,
         "decode",
@@ -125,6 +132,7 @@ def build_node(
         clock=clock,
         journal=continuity.journal,
     )
+    stages.mark("engine")
     receiver = Receiver(
         importer,
         decode,
@@ -141,6 +149,7 @@ def build_node(
         grace_s=config.transfer.front_grace_s,
     )
     engines += continuity.begin(decode, kv.index, clock, on_fatal)
+    stages.mark("sequences")
     for front_id in continuity.front_ids:
         fronts.expect(front_id)
     mover.start()

@@ -130,6 +130,7 @@ class StepRunner:
         started_s = time.monotonic()
         torch.cuda.synchronize(self.device)
         pool = torch.cuda.graph_pool_handle()
+        first_s = 0.0
         # The largest first: the smaller ones then fit into the memory that it has taken.
         for batch in reversed(self._batches):
             self._buffers.upload([], batch, 0)  # padded rows, which touch nothing
@@ -137,14 +138,16 @@ class StepRunner:
             for context in reversed(self._contexts):
                 run = partial(self._run, batch, context)
                 self._graphs[batch, context] = self._take_graph(run, pool)
+                first_s = first_s or time.monotonic() - started_s
             for kind in SAMPLING_KINDS[1:]:
                 choose = partial(self._choose, batch, kind)
                 self._graphs[batch, kind] = self._take_graph(choose, pool)
         torch.cuda.synchronize(self.device)
         log.info(
-            "%d graphs of decode steps in %.1f s",
+            "%d graphs of decode steps in %.1f s, the first in %.1f s",
             len(self._graphs),
             time.monotonic() - started_s,
+            first_s,
         )
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ import ray
 
 from ..common.config import Config
 from ..common.errors import SegmentError
+from ..common.stages import Stages
 from ..hostpool.keeper_link import KeeperLink
 from ..transfer.node import Node
 from .drain import DrainOnTerm
@@ -25,6 +26,10 @@ from .keeping import find_or_start, keeper_path
 
 LOG_FORMAT = "%(asctime)s [{}] %(levelname)s %(message)s"
 
+
+_ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""Of the node's libraries. A node compiles one small function; torch would start a pool of processes
+for it, each of which imports torch, while the node starts."""
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,12 @@ def _end_process(error: BaseException) -> None:
 
 
 def _build(
-    role: str, config: Config, node_id: str, bind_host: str, link: KeeperLink | None
+    role: str,
+    config: Config,
+    node_id: str,
+    bind_host: str,
+    link: KeeperLink | None,
+    stages: Stages,
 ) -> Node:
     """Builds the node of `role`; imports only what that role needs."""
     if role == "prefill":
@@ -44,8 +54,14 @@ def _build(
     elif role == "decode":
         from ..decode_node.node import build_node as build_decode  # noqa: PLC0415
 
+        stages.mark("imports")
         return build_decode(
-            config, node_id=node_id, bind_host=bind_host, on_fatal=_end_process, link=link
+            config,
+            node_id=node_id,
+            bind_host=bind_host,
+            on_fatal=_end_process,
+            link=link,
+            stages=stages,
         )
     else:
         from .unified import build_node  # noqa: PLC0415
@@ -76,6 +92,10 @@ class NodeActor:
     """
 
     def __init__(self, role: str, config: Config, node_id: str, run_id: str) -> None:
+        self._stages = Stages()
+        self._stages.mark("actor")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT.format(node_id))
         self._incarnations = Incarnations(f"{run_id}-{node_id}")
         is_alone = self._incarnations.claim()
@@ -83,15 +103,21 @@ class NodeActor:
             log.warning("another process of this node holds its record: is it still alive?")
         keeps = is_alone and role == "decode" and config.decode.reattach
         link = _keeper(config, run_id, node_id) if keeps else None
-        self._node = _build(role, config, node_id, bind_address(config), link)
+        self._stages.mark("keeper")
+        self._node = _build(role, config, node_id, bind_address(config), link, self._stages)
         self._incarnations.record(self._node.control.epoch)
         self._node.start()
+        self._stages.mark("started")
         self._drain_s = config.cluster.drain_s
         self._is_stopped = False
         DrainOnTerm(self._serve_out).install()
 
     def info(self) -> dict[str, Any]:
         return {**self._node.info(), "dead_epochs": self._incarnations.dead_epochs()}
+
+    def stages(self) -> dict[str, float]:
+        """When this process got how far while it started: seconds since the epoch by stage."""
+        return self._stages.times_s
 
     def audit(self) -> dict[str, Any]:
         """Checks every invariant of the node's pools and tables; raises what it found."""

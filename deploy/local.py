@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
+import torch
+
 from ..common.clock import FakeClock
 from ..common.config import Config
 from ..common.errors import InvariantError
@@ -95,6 +97,12 @@ class LocalNode:
             if not self.step() and self.prefill.is_idle and self.decode.is_idle:
                 return
         raise InvariantError(f"requests are left after {max_steps} steps")
+
+    def close(self) -> None:
+        """Unpins the host pool; nothing may run any more. Needed on a GPU only."""
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.runtime.device)
+        self.decode.coordinator.host.close()
 
     def output(self, request_id: str) -> list[int]:
         """Output token ids."""

@@ -2,7 +2,9 @@
 
     python -m tidepool.deploy.demo.acceptance --prompts 20
 
-Runs the real engines of a unified node on the CPU, asks for records under keys that training never
+    python -m tidepool.deploy.demo.acceptance --set model.device=cuda
+
+Runs the real engines of a unified node, asks for records under keys that training never
 saw, and prints one row a check:
 
 | check | what is run | passes when |
@@ -15,9 +17,9 @@ saw, and prints one row a check:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 from ...common.wire import Sampling
 from ...decode_node.sequence import Sequence
 from ...model.runtime import Runtime, load_runtime
+from ..commands.options import parse_settings
 from ..local import LocalNode
 from .data import Prompt, make_prompt
 from .run import HOT_ROWS, demo_config
@@ -57,13 +60,21 @@ class Acceptance:
         num_prompts: prompts of each length, half of them in chat form.
         lengths: prompt tokens.
         control_length: prompt tokens of the two controls.
+        overrides: of the demo's configuration, such as the device.
     """
 
-    def __init__(self, num_prompts: int, lengths: tuple[int, ...], control_length: int) -> None:
+    def __init__(
+        self,
+        num_prompts: int,
+        lengths: tuple[int, ...],
+        control_length: int,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         self._lengths = lengths
         self._control_length = control_length
         self._num_prompts = num_prompts
-        self._runtime: Runtime = load_runtime(demo_config())
+        self._overrides = {"decode.seats": 2, **(overrides or {})}
+        self._runtime: Runtime = load_runtime(demo_config(self._overrides))
 
     def run(self) -> list[Result]:
         results, resident = [], {}
@@ -83,15 +94,18 @@ class Acceptance:
             for number in range(self._num_prompts)
         ]
 
-    def _node(self, hot_rows: int) -> LocalNode:
-        config = demo_config({"decode.hot_rows": hot_rows, "decode.seats": 2})
-        return LocalNode(config, self._runtime)
+    def _node(self, hot_rows: int, **overrides: Any) -> LocalNode:
+        settings = {**self._overrides, **overrides, "decode.hot_rows": hot_rows}
+        return LocalNode(demo_config(settings), self._runtime)
 
-    def _answers(self, prompts: list[Prompt], *, hot_rows: int) -> list[list[int]]:
+    def _answers(
+        self, prompts: list[Prompt], *, hot_rows: int, **overrides: Any
+    ) -> list[list[int]]:
         """Output token ids of each prompt, decoded together."""
-        node = self._node(hot_rows)
+        node = self._node(hot_rows, **overrides)
         _submit(node, prompts)
         node.run()
+        node.close()
         return [node.output(str(number)) for number in range(len(prompts))]
 
     def _recall(self, length: int, prompts: list[Prompt], answers: list[list[int]]) -> Result:
@@ -120,7 +134,9 @@ class Acceptance:
             patch("tidepool.prefill_node.context.select_topk", select),
             patch("tidepool.decode_node.context.select_topk", select),
         ):
-            share = _share_right(prompts, self._answers(prompts, hot_rows=0))
+            # The choice is made on the host, which a graph cannot replay.
+            settings = {"decode.cuda_graphs": False}
+            share = _share_right(prompts, self._answers(prompts, hot_rows=0, **settings))
         return Result(
             f"{name} tokens in place of the indexer's, {length} tokens",
             len(prompts),
@@ -147,6 +163,7 @@ class Acceptance:
         with patch.object(coordinator, "admit_request_into_staging", stage_and_overwrite):
             _submit(node, prompts)
             node.run()
+        node.close()
         changed = [
             number for number in range(len(prompts)) if node.output(str(number)) != expected[number]
         ]
@@ -185,7 +202,7 @@ def _select_recent(scores_TC: Tensor, lens_T: Tensor, topk_idx_TK: Tensor) -> No
     """The newest K positions, whatever their scores."""
     width = topk_idx_TK.shape[1]
     lens_T1 = lens_T.to(torch.int32)[:, None]
-    offsets = torch.arange(width, dtype=torch.int32)[None]
+    offsets = torch.arange(width, dtype=torch.int32, device=lens_T.device)[None]
     positions = (lens_T1 - width).clamp_min(0) + offsets
     topk_idx_TK.copy_(torch.where(positions < lens_T1, positions, -1))
 
@@ -194,11 +211,12 @@ def _select_random(scores_TC: Tensor, lens_T: Tensor, topk_idx_TK: Tensor) -> No
     """K distinct random positions: one from each of K equal stretches of the context."""
     width = topk_idx_TK.shape[1]
     generator = torch.Generator().manual_seed(int(lens_T.sum()))
+    device, lens_T = lens_T.device, lens_T.cpu()
     edges = torch.linspace(0, 1, width + 1, dtype=torch.float64)[None] * lens_T[:, None]
     first, end = edges[:, :-1].long(), edges[:, 1:].long()
     draw = torch.rand(first.shape, generator=generator, dtype=torch.float64)
     positions = first + (draw * (end - first)).long()
-    topk_idx_TK.copy_(torch.where(end > first, positions, -1).to(torch.int32))
+    topk_idx_TK.copy_(torch.where(end > first, positions, -1).to(device, torch.int32))
 
 
 def show(results: list[Result], console: Console) -> None:
@@ -212,10 +230,14 @@ def show(results: list[Result], console: Console) -> None:
 def main(
     prompts: int = typer.Option(20, help="Prompts of each length, half raw, half chat."),
     lengths: str = typer.Option("2048,4096,8000", help="Prompt tokens, comma separated."),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE, as for serve.")
+    ] = None,
 ) -> None:
     """Prints the table; exits with 1 if a check fails."""
     wanted = tuple(int(length) for length in lengths.split(","))
-    results = Acceptance(prompts, wanted, control_length=max(wanted)).run()
+    overrides = parse_settings(settings or ())
+    results = Acceptance(prompts, wanted, max(wanted), overrides).run()
     show(results, Console())
     raise typer.Exit(0 if all(result.passed for result in results) else 1)
 

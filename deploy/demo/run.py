@@ -36,6 +36,14 @@ SETTINGS: dict[str, Any] = {
     "cluster.name": "demo",
     "front.port": 0,
 }
+EXACT_ON_GPU: dict[str, Any] = {
+    "model.device": "cuda",
+    "model.dtype": "float32",
+    "kv.layout": "mla_fp32",
+    "kv.index_layout": "index_fp32",
+    "cluster.gpus_per_node": 0.1,
+}
+"""Ten nodes may share a GPU, and who shares a batch decides no token: for tests and benchmarks."""
 
 
 @dataclass(slots=True)

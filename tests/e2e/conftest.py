@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from helpers.clusters import running
+from helpers.clusters import demo, running
 
 from tidepool.deploy.cluster import Cluster
-from tidepool.deploy.demo.run import demo_config
 
 
 @pytest.fixture(scope="module")
 def demo_cluster() -> Iterator[Cluster]:
     """One prefill node, one decode node and the front, on a local Ray."""
-    with running(demo_config({"cluster.name": "e2e", "prefill.chunk_tokens": 256})) as cluster:
+    with running(demo({"cluster.name": "e2e", "prefill.chunk_tokens": 256})) as cluster:
         yield cluster

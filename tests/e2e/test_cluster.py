@@ -8,7 +8,7 @@ import time
 import httpx
 import openai
 import pytest
-from helpers.clusters import assert_settles_empty, audits, complete, wait_until
+from helpers.clusters import assert_settles_empty, audits, complete, lasting, wait_until
 
 from tidepool.deploy.cluster import Cluster
 from tidepool.deploy.demo.data import make_prompt
@@ -81,7 +81,7 @@ def test_errors_have_openais_shape(demo_cluster: Cluster, client: openai.OpenAI)
 
 def test_a_client_that_disconnects_frees_both_sides(demo_cluster: Cluster) -> None:
     prompt = make_prompt(4000, seed=14)
-    body = {"model": MODEL, "prompt": prompt.text, "max_tokens": 2000, "ignore_eos": True}
+    body = {"model": MODEL, "prompt": prompt.text, "max_tokens": lasting(2000), "ignore_eos": True}
     for read_some in (False, True):
         with httpx.stream(
             "POST", f"{demo_cluster.url}/v1/completions", json={**body, "stream": True}, timeout=60

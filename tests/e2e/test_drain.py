@@ -18,6 +18,9 @@ import ray
 from helpers.clusters import (
     assert_settles_empty,
     complete,
+    demo,
+    device_settings,
+    lasting,
     running,
     token_ids,
     wait_until,
@@ -26,10 +29,10 @@ from helpers.streams import STREAM_TIMEOUT_S, Stream
 
 from tidepool.deploy.cluster import Cluster
 from tidepool.deploy.demo.data import make_prompt
-from tidepool.deploy.demo.run import CHECKPOINT, demo_config
+from tidepool.deploy.demo.run import CHECKPOINT
 
 PROMPT = make_prompt(300, seed=31).token_ids
-NUM_TOKENS = 400
+NUM_TOKENS = lasting(400)
 SETTINGS = {
     "cluster.name": "drain",
     "cluster.decode": 2,
@@ -41,7 +44,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with running(demo_config(SETTINGS)) as cluster:
+    with running(demo(SETTINGS)) as cluster:
         yield cluster
 
 
@@ -114,7 +117,12 @@ def test_a_front_that_is_told_to_stop_serves_its_streams_out(
 @contextmanager
 def served(drain_s: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`tidepool serve` in a process of its own, and its URL."""
-    settings = {"front.drain_s": drain_s, "cluster.name": "served", "decode.seats": 4}
+    settings = {
+        **device_settings(),
+        "front.drain_s": drain_s,
+        "cluster.name": "served",
+        "decode.seats": 4,
+    }
     command = [sys.executable, "-m", "tidepool.deploy", "serve", "--model", str(CHECKPOINT)]
     command += ["--port", "0"]
     for name, value in {**settings, "model.threads": 1, "decode.host_tokens": 16384}.items():
@@ -160,11 +168,11 @@ def test_serve_drains_on_sigterm_and_leaves_nothing_behind() -> None:
             for node in httpx.get(f"{url}/cluster").json()["nodes"]
             if node["node_id"] == "decode-0"
         }
-        streams = start_streams(url, [200, 200])
+        streams = start_streams(url, [lasting(200)] * 2)
         process.send_signal(signal.SIGTERM)
         for stream in streams:
             stream.join(STREAM_TIMEOUT_S)
-            assert (stream.failure, stream.error, len(stream.tokens)) == (None, None, 200)
+            assert (stream.failure, stream.error, len(stream.tokens)) == (None, None, lasting(200))
         assert process.wait(60.0) == 0
         wait_until(lambda: ended(pid), 30.0, "the node's end")
     assert shared_memory() - before == set()
@@ -174,7 +182,7 @@ def test_a_second_sigterm_hurries_serve() -> None:
     before = shared_memory()
     with served(drain_s=600.0) as (process, url):
         wait_until(lambda: httpx.get(f"{url}/health").status_code == 200, 60.0, "health")
-        (stream,) = start_streams(url, [4000])
+        (stream,) = start_streams(url, [lasting(2000)])
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{url}/health").json()["status"] == "draining", 30.0, "drain")
         assert process.poll() is None

@@ -16,8 +16,10 @@ import ray
 from helpers.clusters import (
     assert_settles_empty,
     complete,
+    demo,
     is_healthy,
     kill,
+    lasting,
     running,
     token_ids,
     wait_until,
@@ -25,9 +27,9 @@ from helpers.clusters import (
 from helpers.streams import STREAM_TIMEOUT_S, Stream
 
 from tidepool.deploy.demo.data import make_prompt
-from tidepool.deploy.demo.run import demo_config
 
 MODEL = "tidepool-demo"
+NUM_TOKENS = lasting(400)
 
 
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
@@ -35,11 +37,11 @@ def test_a_killed_node_loses_no_stream(victim: str) -> None:
     prompt = make_prompt(600, seed=21).token_ids
     long_prompt = make_prompt(3000, seed=22).token_ids
     settings = {"cluster.name": f"kill-{victim}", "prefill.chunk_tokens": 128}
-    with running(demo_config(settings)) as cluster:
+    with running(demo(settings)) as cluster:
         expected = token_ids(
-            complete(cluster, prompt, model=MODEL, max_tokens=400, ignore_eos=True)
+            complete(cluster, prompt, model=MODEL, max_tokens=NUM_TOKENS, ignore_eos=True)
         )
-        streams = [Stream(cluster.url, prompt, 400) for _ in range(2)]
+        streams = [Stream(cluster.url, prompt, NUM_TOKENS) for _ in range(2)]
         for stream in streams:
             stream.start()
         for stream in streams:
@@ -61,8 +63,8 @@ def test_a_killed_node_loses_no_stream(victim: str) -> None:
 
 def test_a_killed_front_comes_back_at_its_port_and_nothing_leaks() -> None:
     prompt = make_prompt(600, seed=23).token_ids
-    with running(demo_config({"cluster.name": "kill-front"})) as cluster:
-        stream = Stream(cluster.url, prompt, 2000)
+    with running(demo({"cluster.name": "kill-front"})) as cluster:
+        stream = Stream(cluster.url, prompt, lasting(2000))
         stream.start()
         assert stream.started.wait(30.0)
         url = cluster.url
@@ -87,11 +89,11 @@ def test_a_killed_front_comes_back_at_its_port_and_nothing_leaks() -> None:
 
 def test_the_next_request_works_at_once_when_one_of_two_fronts_is_killed() -> None:
     prompt = make_prompt(300, seed=24).token_ids
-    with running(demo_config({"cluster.name": "two-fronts", "cluster.fronts": 2})) as cluster:
+    with running(demo({"cluster.name": "two-fronts", "cluster.fronts": 2})) as cluster:
         expected = token_ids(
-            complete(cluster, prompt, model=MODEL, max_tokens=200, ignore_eos=True)
+            complete(cluster, prompt, model=MODEL, max_tokens=NUM_TOKENS // 2, ignore_eos=True)
         )
-        streams = [Stream(cluster.url, prompt, 200) for _ in range(6)]
+        streams = [Stream(cluster.url, prompt, NUM_TOKENS // 2) for _ in range(6)]
         for stream in streams:
             stream.start()
         for stream in streams:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from helpers.clusters import assert_settles_empty, running
+from helpers.clusters import assert_settles_empty, demo, running
 
 from tidepool.common.wire import Sampling
 from tidepool.deploy.cluster import Cluster
 from tidepool.deploy.demo.data import make_prompt
-from tidepool.deploy.demo.run import demo_config
 from tidepool.deploy.local import LocalNode
 
 NUM_REQUESTS = 64
@@ -93,13 +92,13 @@ async def run_all(cluster: Cluster, made: list[Case]) -> list[list[int] | None]:
 
 def test_64_mixed_requests_equal_the_unified_run_and_leave_all_pools_empty() -> None:
     made = cases()
-    unified = LocalNode(demo_config({"decode.seats": 8}))
+    unified = LocalNode(demo({"decode.seats": 8}))
     for number, case in enumerate(made):
         if not case.is_cancelled:
             sampling = Sampling(case.max_tokens, temperature=0.0, ignore_eos=True)
             unified.submit(str(number), case.token_ids, sampling)
     unified.run()
-    with running(demo_config(SETTINGS)) as cluster:
+    with running(demo(SETTINGS)) as cluster:
         answers = asyncio.run(run_all(cluster, made))
         for number, (case, answer) in enumerate(zip(made, answers, strict=True)):
             if not case.is_cancelled:

@@ -19,19 +19,20 @@ from helpers.clusters import (
     assert_settles_empty,
     audits,
     complete,
+    demo,
     kill,
+    lasting,
     running,
     wait_until,
 )
 
 from tidepool.deploy.cluster import Cluster
 from tidepool.deploy.demo.data import make_prompt
-from tidepool.deploy.demo.run import demo_config
 from tidepool.deploy.keeping import keeper_path
 from tidepool.hostpool.keeper_link import KeeperLink
 
 NUM_STREAMS = 8
-NUM_TOKENS = 300
+NUM_TOKENS = lasting(300)
 SETTINGS: dict[str, Any] = {
     "kv.layout": "mla_fp32",
     "kv.index_layout": "index_fp32",
@@ -62,7 +63,7 @@ def keepers_at(path: Path) -> list[int]:
 def reattaching(name: str) -> Iterator[Cluster]:
     """A running cluster; behind it there is no keeper, no socket of one, nothing in shared memory."""
     memory_before = set(Path("/dev/shm").glob("*tidepool*"))
-    with running(demo_config({**SETTINGS, "cluster.name": name})) as cluster:
+    with running(demo({**SETTINGS, "cluster.name": name})) as cluster:
         path = keeper_path(cluster.run_id, "decode-0")
         assert len(keepers_at(path)) == 1
         yield cluster
@@ -137,12 +138,12 @@ def test_every_stream_goes_on_with_its_tokens_and_nothing_is_prefilled_again() -
 
 def test_logprobs_stop_strings_and_usage_are_right_across_a_kill() -> None:
     prompt = make_prompt(300, seed=31)
-    body = {"model": MODEL, "max_tokens": 200, "ignore_eos": True, "logprobs": 2}
+    body = {"model": MODEL, "max_tokens": lasting(200), "ignore_eos": True, "logprobs": 2}
     with reattaching("reattach-logprobs") as cluster:
         calm = complete(cluster, prompt.token_ids, **body)
         stop = calm["choices"][0]["text"][-6:]
         expected = complete(cluster, prompt.token_ids, **body, stop=[stop])
-        stream = Stream(cluster.url, prompt.token_ids, 200)
+        stream = Stream(cluster.url, prompt.token_ids, lasting(200))
         result: dict[str, Any] = {}
         stream._read = lambda: result.update(  # type: ignore[method-assign]
             complete(cluster, prompt.token_ids, **body, stop=[stop])

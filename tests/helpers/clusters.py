@@ -20,9 +20,34 @@ import ray
 
 from tidepool.common.config import Config
 from tidepool.deploy.cluster import Cluster, start
+from tidepool.deploy.demo.run import EXACT_ON_GPU, demo_config
 
 READY_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 20.0
+_ON_DEVICE: dict[str, dict[str, Any]] = {"cpu": {"model.device": "cpu"}, "cuda": EXACT_ON_GPU}
+_TOKENS_ON_CUDA = 4
+_device = "cpu"
+
+
+def use_device(name: str) -> None:
+    """Where clusters of tests compute from now on: pytest's option --device."""
+    global _device  # noqa: PLW0603
+    _device = name
+
+
+def device_settings() -> dict[str, Any]:
+    """What the chosen device adds to a configuration."""
+    return dict(_ON_DEVICE[_device])
+
+
+def demo(settings: dict[str, Any] | None = None) -> Config:
+    """The demo's configuration on the chosen device; `settings` (dotted names) win."""
+    return demo_config({**device_settings(), **(settings or {})})
+
+
+def lasting(num_tokens: int) -> int:
+    """Output tokens of a stream that is to go on for as long as so many do on a CPU."""
+    return num_tokens * (_TOKENS_ON_CUDA if _device == "cuda" else 1)
 
 
 @contextmanager
