@@ -30,7 +30,9 @@ FAULT_SEAT = 8
 MAX_TOPK = 2048
 MAX_HOT_ROWS = 16384
 MAX_BATCH = 512
-PLAIN_CTAS = 16
+PLAIN_CTAS = 4
+"""Of a copy for another layer of the group, which has a layer's time: with 16 the other kernels of the step
+wait for it (docs/kernels.md, "Beside the step"), with 2 it is late."""
 SLICED_CTAS = 128
 SLICED_BATCH = 48
 SWEEP_BATCH = 24
