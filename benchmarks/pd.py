@@ -1,17 +1,23 @@
 """Does prefill and decode apart beat the same number of unified nodes, and where?
 
     python benchmarks/pd.py --pairs 1 --out docs/reports                        (demo model, CPU)
-    python benchmarks/pd.py --pairs 1 --model deepseek-v3.2 --out docs/reports  (random weights, GPUs)
+    python benchmarks/pd.py --pairs 1 --model deepseek-v3.2 --gpus 2 --out docs/reports  (random weights)
+    python benchmarks/pd.py --arrangements fed --model deepseek-v3.2 --gpus 1   (decode's pauses alone)
 
 Starts `--pairs` prefill and as many decode nodes (real control loops, transport, engines; no Ray, no
 HTTP), each a process, with a GPU of its own where there are GPUs; then twice as many unified nodes.
 Both get the same requests at the same moments (Poisson arrivals, seeded): mixes of long prompts with
-short outputs, of the reverse, and of both.
+short outputs, of the reverse, and of both, at each rate. `fed`: decode nodes whose prompts come from
+a prefill node that only sleeps.
 
 * TTFT, split by what the nodes note: queue (to the offer), prefill (to the commit), transfer (to
   READY on decode), first decode (from there to the second token).
-* ITL: gaps between tokens at the front, p50 and p99, and p99 against the p50 of a node that decodes
-  one request with nothing else to do.
+* Gaps between tokens at the front, p50 and p99: all of them, and without the first of each request,
+  which is its first decode. p99 also against the p50 of a node that decodes one request with nothing
+  else to do.
+* Steady: the gaps of `--steady` long streams, first with nothing else to do, then while prompts with
+  few output tokens arrive: what arriving prompts cost those who run.
+* What the decode engines say of their steps (decode_node/step_times.py), with the longest gaps.
 * Goodput: requests a second within the SLO (--slo-ttft, --slo-itl: the first token, and the mean gap).
 """
 
@@ -20,28 +26,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
-import os
 import random
-import signal
 import statistics
 import tempfile
-import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import date
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tidepool.common import wire
+from tidepool.benchmarks.pd_nodes import Cluster, Seen
 from tidepool.common.config import Config, resolve
-from tidepool.transfer.control import ControlLoop
-from tidepool.transfer.session import Peer
 
-HOST = "127.0.0.1"
-START_TIMEOUT_S, RUN_TIMEOUT_S = 150.0, 240.0
-Key = str
+STEADY_IDLE_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -52,219 +50,7 @@ class Shape:
     output: int
 
 
-@dataclass
-class Seen:
-    """One request: when it was sent, and when each token came (monotonic seconds of this machine)."""
-
-    kind: str
-    sent_s: float
-    token_s: list[float] = field(default_factory=list)
-    notes: dict[str, float] = field(default_factory=dict)
-    is_over: bool = False
-    error: str = ""
-
-
-# ---- a node's process ----
-
-
-def serve(pipe: Connection, role: str, node_id: str, config: Config, model: str, gpu: int) -> None:
-    if gpu >= 0:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    notes: dict[Key, dict[str, float]] = {}
-    node = build(role, node_id, config, model, notes)
-    node.start()
-    pipe.send((node_id, node.control.address))
-    while pipe.recv() != "stop":
-        taken = dict(notes)
-        notes.clear()
-        pipe.send(taken)
-    threading.Timer(10.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-    node.stop()
-    os._exit(0)
-
-
-def build(
-    role: str, node_id: str, config: Config, model: str, notes: dict[Key, dict[str, float]]
-) -> Any:
-    """The node of that role, with notes of when a request passes from one part to the next."""
-    from tidepool.decode_node import engine as decode_engine  # noqa: PLC0415
-    from tidepool.decode_node import node as decode_node  # noqa: PLC0415
-    from tidepool.deploy import unified  # noqa: PLC0415
-    from tidepool.deploy.keeping import find_or_start  # noqa: PLC0415
-    from tidepool.prefill_node import exporting  # noqa: PLC0415
-    from tidepool.prefill_node import node as prefill_node  # noqa: PLC0415
-
-    def note(owner: Any, method: str, what: str) -> None:
-        inner = getattr(owner, method)
-
-        def call(self: Any, first: Any, *rest: Any, **named: Any) -> Any:
-            notes.setdefault(first.key[0], {})[what] = time.monotonic()
-            return inner(self, first, *rest, **named)
-
-        setattr(owner, method, call)
-
-    for handoff in (exporting.RemoteHandoff, unified.LocalHandoff):
-        note(handoff, "offer", "offered")
-        note(handoff, "commit", "committed")
-    note(decode_engine.DecodeEngine, "make_ready", "ready")
-    if model != "demo":
-        for module in (decode_node, prefill_node, unified):
-            module.load_runtime = random_runtime(model)  # type: ignore[attr-defined]
-    settings: dict[str, Any] = {"node_id": node_id, "bind_host": HOST, "on_fatal": fatal}
-    if role == "prefill":
-        return prefill_node.build_node(config, **settings)
-    if role == "unified":
-        return unified.build_node(config, **settings)
-    path = Path(tempfile.mkdtemp()) / "keeper"
-    link = find_or_start(path, idle_s=1.0, anchor_pid=os.getpid())
-    return decode_node.build_node(config, **settings, link=link)
-
-
-def fatal(error: BaseException) -> None:
-    print(f"a node ends: {error!r}", flush=True)
-    os._exit(1)
-
-
-def random_runtime(model: str) -> Any:
-    """Stands for load_runtime: the published shapes, 6 layers (1 dense), 16 experts."""
-
-    def load(config: Config) -> Any:
-        import torch  # noqa: PLC0415
-
-        from tidepool.model.config import geometry  # noqa: PLC0415
-        from tidepool.model.model import Model  # noqa: PLC0415
-        from tidepool.model.random_weights import published_config  # noqa: PLC0415
-        from tidepool.model.runtime import Runtime, _choose_kernels  # noqa: PLC0415
-
-        device = torch.device("cuda", 0)
-        _choose_kernels(config, device)
-        shape = published_config(model, num_layers=6, num_dense_layers=1, num_experts=16)
-        made = Model.random(shape, dtype=torch.bfloat16, device=device)
-        return Runtime(made, geometry(made.config, config.kv), device)
-
-    return load
-
-
-# ---- the front ----
-
-
-class Front:
-    """Sends requests and notes when their tokens come."""
-
-    def __init__(self, config: Config) -> None:
-        self.changed = threading.Condition()
-        self.up: set[str] = set()
-        self.seen: dict[Key, Seen] = {}
-        self.control = ControlLoop(
-            "front-0", "front", time.time_ns(), bind_host=HOST, config=config.transfer
-        )
-        self.control.start(self)
-
-    def on_message(self, peer: Peer, message: wire.Message) -> bool:
-        now_s = time.monotonic()
-        with self.changed:
-            if not isinstance(message, (wire.Tokens, wire.Finish)):
-                return False
-            seen = self.seen.get(message.request_id)
-            if seen is None:
-                return True  # of a request that another node has ended before
-            if isinstance(message, wire.Tokens):
-                seen.token_s += [now_s] * len(message.tokens)
-            else:
-                seen.is_over = True
-                if message.reason == "error":
-                    seen.error = f"{message.status} {message.detail}"
-                self.changed.notify_all()
-        return True
-
-    def on_peer_up(self, peer: Peer) -> None:
-        with self.changed:
-            self.up.add(peer.node_id)
-            self.changed.notify_all()
-
-    def on_peer_down(self, peer: Peer, reason: str) -> None:
-        self.up.discard(peer.node_id)
-
-    def on_tick(self, now_s: float) -> None:
-        return
-
-    def wait(self) -> None:
-        with self.changed:
-            done = self.changed.wait_for(
-                lambda: all(seen.is_over for seen in self.seen.values()), RUN_TIMEOUT_S
-            )
-        if not done:
-            raise TimeoutError("requests did not end")
-
-
-class Cluster:
-    """Nodes of one arrangement, and the front."""
-
-    def __init__(self, roles: list[str], config: Config, model: str, num_gpus: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes, self.addresses = [], [], []
-        for number, role in enumerate(roles):
-            ours, theirs = context.Pipe()
-            gpu = number % num_gpus if num_gpus else -1
-            arguments = (theirs, role, f"{role}-{number}", config, model, gpu)
-            process = context.Process(target=serve, args=arguments)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
-        for pipe in self.pipes:
-            if not pipe.poll(START_TIMEOUT_S):
-                raise TimeoutError("a node did not start")
-            self.addresses.append(pipe.recv())
-        self.roles = roles
-        self.front = Front(config)
-        for node_id, address in self.addresses:
-            self.front.control.connect(node_id, address)
-        with self.front.changed:
-            self.front.changed.wait_for(lambda: len(self.front.up) == len(roles), 20.0)
-        self._number = 0
-
-    def submit(self, kind: str, prompt: list[int], output: int) -> None:
-        """To the nodes in turn; the n-th prefill node sends to the n-th decode node."""
-        number, self._number = self._number, self._number + 1
-        first = [at for at, role in enumerate(self.roles) if role != "decode"]
-        decodes = [at for at, role in enumerate(self.roles) if role == "decode"]
-        node_id, _ = self.addresses[first[number % len(first)]]
-        decode = self.addresses[decodes[number % len(decodes)]] if decodes else ("", "")
-        key = f"r{number}"
-        with self.front.changed:
-            self.front.seen[key] = Seen(kind, time.monotonic())
-        sampling = wire.Sampling(max_tokens=output, temperature=0.0, ignore_eos=True)
-        submit = wire.Submit(
-            request_id=key,
-            attempt=0,
-            prompt_token_ids=tuple(prompt),
-            sampling=sampling,
-            front_id="front-0",
-            decode_id=decode[0],
-            decode_address=decode[1],
-        )
-        self.front.control.send(node_id, submit)
-
-    def take(self) -> list[Seen]:
-        """What was seen since the last time, with the nodes' notes."""
-        self.front.wait()
-        for pipe in self.pipes:
-            pipe.send("notes")
-            for key, notes in pipe.recv().items():
-                if key in self.front.seen:
-                    self.front.seen[key].notes |= notes
-        seen, self.front.seen = self.front.seen, {}
-        return list(seen.values())
-
-    def stop(self) -> None:
-        self.front.control.stop()
-        for pipe in self.pipes:
-            pipe.send("stop")
-        for process in self.processes:
-            process.join(20.0)
-
-
-# ---- what is measured ----
+Mix = list[tuple[str, Shape]]
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -272,21 +58,31 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
 
 
+def quantiles_ms(values: list[float]) -> dict[str, float]:
+    return {f"p{p}": percentile(values, p / 100) * 1e3 for p in (50, 99)}
+
+
+def split_of(good: list[Seen]) -> dict[str, float]:
+    """Medians of the parts of TTFT, and of what follows to the second token; milliseconds."""
+    parts: dict[str, list[float]] = {}
+    for each in good:
+        notes = each.notes
+        if notes.keys() >= {"offered", "committed", "ready"}:
+            marks = [each.sent_s, notes["offered"], notes["committed"], notes["ready"]]
+            marks += each.token_s[1:2]
+            names = ("queue", "prefill", "transfer", "first_decode")
+            for name, (begin_s, end_s) in zip(names, itertools.pairwise(marks), strict=False):
+                parts.setdefault(name, []).append(end_s - begin_s)
+    return {name: statistics.median(values) * 1e3 for name, values in parts.items()}
+
+
 def summary(seen: list[Seen], idle_itl_s: float, slo: tuple[float, float]) -> dict[str, Any]:
     good = [each for each in seen if not each.error and each.token_s]
     begin_s = min(each.sent_s for each in seen)
     span_s = max(each.token_s[-1] for each in good) - begin_s
     ttft = [each.token_s[0] - each.sent_s for each in good]
-    gaps = [b - a for each in good for a, b in itertools.pairwise(each.token_s)]
-    steps = {"queue": [], "prefill": [], "transfer": [], "first_decode": []}  # type: ignore[var-annotated]
-    for each in good:
-        notes = each.notes
-        if notes.keys() >= {"offered", "committed", "ready"}:
-            steps["queue"].append(notes["offered"] - each.sent_s)
-            steps["prefill"].append(notes["committed"] - notes["offered"])
-            steps["transfer"].append(notes["ready"] - notes["committed"])
-            if len(each.token_s) > 1:
-                steps["first_decode"].append(each.token_s[1] - notes["ready"])
+    gaps = [gap for each in good for gap in each.gaps]
+    running = [gap for each in good for gap in each.gaps[1:]]
     within = sum(
         each.token_s[0] - each.sent_s <= slo[0]
         and (each.token_s[-1] - each.token_s[0]) / max(1, len(each.token_s) - 1) <= slo[1]
@@ -297,60 +93,135 @@ def summary(seen: list[Seen], idle_itl_s: float, slo: tuple[float, float]) -> di
         "failed": [each.error for each in seen if each.error][:3],
         "output_tokens_s": sum(len(each.token_s) for each in good) / span_s,
         "requests_s": len(good) / span_s,
-        "ttft_ms": {f"p{p}": percentile(ttft, p / 100) * 1e3 for p in (50, 99)},
-        "ttft_split_ms": {
-            what: statistics.median(values) * 1e3 for what, values in steps.items() if values
-        },
-        "itl_ms": {f"p{p}": percentile(gaps, p / 100) * 1e3 for p in (50, 99)},
+        "ttft_ms": quantiles_ms(ttft),
+        "ttft_split_ms": split_of(good),
+        "itl_ms": quantiles_ms(gaps),
         "itl_p99_of_idle": percentile(gaps, 0.99) / idle_itl_s,
+        "running_itl_ms": quantiles_ms(running),
+        "running_itl_p99_of_idle": percentile(running, 0.99) / idle_itl_s,
         "goodput_s": within / span_s,
     }
 
 
-def run_mix(
-    cluster: Cluster, mix: list[tuple[str, Shape]], number: int, rate: float, vocab: int
-) -> list[Seen]:
+def prompts(shapes: Iterator[Shape], vocab: int, chance: random.Random) -> list[tuple[int, ...]]:
+    """Drawn before the clock runs: the front's process has one interpreter for all it does."""
+    return [tuple(chance.randrange(2, vocab) for _ in range(shape.prompt)) for shape in shapes]
+
+
+def arrive(
+    cluster: Cluster, mix: Mix, number: int, rate: float, made: list[tuple[int, ...]]
+) -> None:
     chance = random.Random(7)
     due_s = time.monotonic()
     for at in range(number):
         due_s += chance.expovariate(rate)
         time.sleep(max(0.0, due_s - time.monotonic()))
         kind, shape = mix[at % len(mix)]
-        cluster.submit(
-            kind, [chance.randrange(2, vocab) for _ in range(shape.prompt)], shape.output
-        )
+        cluster.submit(kind, made[at], shape.output)
+
+
+def run_mix(cluster: Cluster, mix: Mix, number: int, rate: float, vocab: int) -> list[Seen]:
+    shapes = (mix[at % len(mix)][1] for at in range(number))
+    arrive(cluster, mix, number, rate, prompts(shapes, vocab, random.Random(8)))
     return cluster.take()
+
+
+def run_steady(
+    cluster: Cluster, streams: Mix, mix: Mix, number: int, rate: float, vocab: int
+) -> dict[str, Any]:
+    """Gaps of `streams`: alone, and while `number` requests of `mix` arrive."""
+    chance = random.Random(9)
+    made = prompts((shape for _, shape in streams), vocab, chance)
+    arriving = prompts((mix[at % len(mix)][1] for at in range(number)), vocab, chance)
+    keys = [
+        cluster.submit("steady", tokens, shape.output)
+        for tokens, (_, shape) in zip(made, streams, strict=True)
+    ]
+    steady = [cluster.front.seen[key] for key in keys]
+    while not all(len(each.token_s) > 8 or each.is_over for each in steady):
+        time.sleep(0.01)
+    idle_from_s = time.monotonic()
+    time.sleep(STEADY_IDLE_S)
+    loaded_from_s = time.monotonic()
+    arrive(cluster, mix, number, rate, arriving)
+    arrivals = [each for each in cluster.front.seen.values() if each.kind != "steady"]
+    while not all(each.is_over for each in arrivals):
+        time.sleep(0.01)
+    end_s = min(time.monotonic(), *(each.token_s[-1] for each in steady))
+    errors = [each.error for each in cluster.take() if each.error]
+    idle = gaps_within(steady, idle_from_s, loaded_from_s)
+    loaded = gaps_within(steady, loaded_from_s, end_s)
+    idle_p50 = percentile(idle, 0.5)
+    return {
+        "streams": len(streams),
+        "arrivals": number,
+        "failed": errors[:3],
+        "idle_ms": quantiles_ms(idle),
+        "loaded_ms": quantiles_ms(loaded),
+        "loaded_gaps": len(loaded),
+        "p99_of_idle_p50": percentile(loaded, 0.99) / idle_p50,
+        "p99_of_idle_p99": percentile(loaded, 0.99) / percentile(idle, 0.99),
+        "steps": cluster.steps,
+    }
+
+
+def gaps_within(seen: list[Seen], begin_s: float, end_s: float) -> list[float]:
+    return [
+        b - a
+        for each in seen
+        for a, b in itertools.pairwise(each.token_s)
+        if begin_s <= a and b <= end_s
+    ]
 
 
 def measure(roles: list[str], config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     long, short = Shape(*arguments.long), Shape(*arguments.short)
-    mixes = {
+    mixes: dict[str, Mix] = {
         "long prompts": [("long", long)],
         "long outputs": [("short", short)],
         "both": [("long", long), ("short", short)],
     }
+    name = "+".join(roles)
     cluster = Cluster(roles, config, arguments.model, arguments.gpus)
     found: dict[str, Any] = {"nodes": roles}
+    vocab, slo = arguments.vocab, (arguments.slo_ttft, arguments.slo_itl)
+    num_sinks = sum(role in ("decode", "unified") for role in roles)
     try:
-        vocab = arguments.vocab
         for _ in range(2):  # kernels are built, graphs captured, the peer's memory mapped
             run_mix(cluster, mixes["both"], 4 * len(roles), 50.0, vocab)
-        alone = run_mix(cluster, mixes["long outputs"], 1, 100.0, vocab)[0].token_s
-        idle_itl_s = statistics.median(b - a for a, b in itertools.pairwise(alone))
+        alone = run_mix(cluster, mixes["long outputs"], 1, 100.0, vocab)[0].gaps
+        idle_itl_s = statistics.median(alone)
         found["idle_itl_ms"] = idle_itl_s * 1e3
-        for name, mix in mixes.items():
-            rate = arguments.rate * arguments.pairs
-            seen = run_mix(cluster, mix, arguments.requests, rate, vocab)
-            slo = (arguments.slo_ttft, arguments.slo_itl)
-            found[name] = summary(seen, idle_itl_s, slo)
-            print(json.dumps({"nodes": "+".join(roles), "mix": name, **found[name]}), flush=True)
+        print(json.dumps({"nodes": name, "idle_itl_ms": idle_itl_s * 1e3}), flush=True)
+        for rate, (mix_name, mix) in itertools.product(arguments.rates, mixes.items()):
+            if mix_name.replace(" ", "-") not in arguments.mixes:
+                continue
+            total = rate * arguments.pairs
+            seen = run_mix(cluster, mix, arguments.requests * arguments.pairs, total, vocab)
+            line = {"mix": mix_name, "rate": total, **summary(seen, idle_itl_s, slo)}
+            line["steps"] = cluster.steps
+            found[f"{mix_name} at {total}"] = line
+            print(json.dumps({"nodes": name, **line}), flush=True)
+        if arguments.steady:
+            kinds = [long, short] * arguments.steady
+            streams = [
+                ("steady", Shape(shape.prompt, arguments.steady_output))
+                for shape in kinds[: arguments.steady * num_sinks]
+            ]
+            total = arguments.steady_rate * arguments.pairs
+            mix = [("arriving", Shape(long.prompt, 4)), ("arriving", Shape(short.prompt, 4))]
+            number = arguments.steady_arrivals * arguments.pairs
+            line = run_steady(cluster, streams, mix, number, total, vocab)
+            found["steady"] = line
+            print(json.dumps({"nodes": name, "steady": line}), flush=True)
     finally:
         cluster.stop()
     return found
 
 
 def configuration(arguments: argparse.Namespace) -> Config:
-    most = max(sum(arguments.long), sum(arguments.short)) + 64
+    steady = max(arguments.long[0], arguments.short[0]) + arguments.steady_output
+    most = max(sum(arguments.long), sum(arguments.short), steady) + 64
     settings: dict[str, Any] = {
         "cluster.authentication": "off",
         "decode.seats": 16,
@@ -363,39 +234,57 @@ def configuration(arguments: argparse.Namespace) -> Config:
     if arguments.model == "demo":
         from tidepool.deploy.demo.run import demo_config  # noqa: PLC0415
 
-        return demo_config({**settings, "decode.seats": 8})
+        settings |= {"decode.seats": 8} | arguments.set
+        return demo_config(settings)
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text("{}")
     settings |= {"model.path": str(folder), "prefill.chunk_tokens": 4096, "decode.hot_rows": 4096}
-    return resolve(None, settings).config
+    return resolve(None, settings | arguments.set).config
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--model", default="demo", help="demo, or a name of random_weights.py")
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=200)
+    shape = {"type": int, "nargs": 2, "metavar": ("PROMPT", "OUTPUT")}
+    parser.add_argument("--long", default=[1500, 8], **shape)
+    parser.add_argument("--short", default=[100, 64], **shape)
     parser.add_argument(
-        "--long", type=int, nargs=2, default=[1500, 8], metavar=("PROMPT", "OUTPUT")
+        "--rates", type=float, nargs="+", default=[2.0], help="requests a second and pair"
     )
-    parser.add_argument(
-        "--short", type=int, nargs=2, default=[100, 64], metavar=("PROMPT", "OUTPUT")
-    )
-    parser.add_argument("--rate", type=float, default=2.0, help="requests a second and pair")
-    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=24, help="of a mix, and pair")
+    names = ["long-prompts", "long-outputs", "both"]
+    parser.add_argument("--mixes", nargs="*", default=names, choices=names)
+    parser.add_argument("--steady", type=int, default=0, help="streams of each decode engine")
+    parser.add_argument("--steady-output", type=int, default=64)
+    parser.add_argument("--steady-rate", type=float, default=4.0)
+    parser.add_argument("--steady-arrivals", type=int, default=16)
     parser.add_argument("--slo-ttft", type=float, default=2.0)
     parser.add_argument("--slo-itl", type=float, default=0.05)
-    parser.add_argument("--only", choices=("pd", "unified"))
+    parser.add_argument(
+        "--arrangements", nargs="+", choices=("pd", "unified", "fed"), default=["pd", "unified"]
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    found = parser.parse_args(arguments)
+    found.set = dict(each.split("=", 1) for each in found.set)
+    return found
+
+
+def main() -> None:
+    arguments = parse()
     config = configuration(arguments)
-    apart = ["prefill"] * arguments.pairs + ["decode"] * arguments.pairs
-    arrangements = {"pd": apart, "unified": ["unified"] * (2 * arguments.pairs)}
+    decodes = ["decode"] * arguments.pairs
+    roles_of = {
+        "pd": ["prefill"] * arguments.pairs + decodes,
+        "unified": ["unified"] * (2 * arguments.pairs),
+        "fed": ["feeder"] * arguments.pairs + decodes,
+    }
     found: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}
-    for name, roles in arrangements.items():
-        if arguments.only in (None, name):
-            found[name] = measure(roles, config, arguments)
+    for name in arguments.arrangements:
+        found[name] = measure(roles_of[name], config, arguments)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         place = "gpu" if arguments.gpus else "cpu"

@@ -37,6 +37,7 @@ from .journal import NoJournal, SequenceLog
 from .scheduler import SeatScheduler
 from .sequence import RequestKey, Sequence, SequenceState
 from .step_runner import StepRunner
+from .step_times import ANSWER, LAUNCH, OTHERS, SEATS, StepTimes
 
 MAX_FINISHED_RECORDS = 1024
 """Ended requests whose tokens can still be asked for again."""
@@ -90,6 +91,7 @@ class DecodeEngine:
         self.on_release: Callable[[Sequence], None] = lambda _: None
         self.extra_stats: Callable[[], dict[str, float]] = dict
         self.kept_stats: Callable[[], dict[str, float]] = dict
+        self.times = StepTimes()
         self.num_steps = 0
         self.num_tokens = 0
         self.num_failed = 0
@@ -194,11 +196,14 @@ class DecodeEngine:
 
     def step(self) -> bool:
         """Seats who can be seated and starts one step of every running sequence; reads the last."""
+        self.times.lap(OTHERS)
         self._coordinator.backup.poll()
         self._scheduler.assign()
         batch = [sequence for sequence in self._scheduler.running if sequence.can_step]
+        self.times.lap(SEATS)
         if batch:
             self._guarded(batch, partial(self._launch, batch))
+            self.times.lap(LAUNCH)
         keep = 1 if batch and self._is_overlapped else 0
         has_read = len(self._flight) > keep
         self._settle(keep)
@@ -244,6 +249,7 @@ class DecodeEngine:
             "parks": self._scheduler.num_parks,
             "failed_requests": self.num_failed,
             "steps_in_flight": len(self._flight),
+            **self.times.stats(),
             **self.extra_stats(),
             **self.kept_stats(),
         }
@@ -273,7 +279,10 @@ class DecodeEngine:
 
     def _read(self, step: FlownStep) -> None:
         """Appends the step's tokens; what a sequence did after its end is dropped."""
-        for result in self._flight.read(step):
+        results = self._flight.read(step)
+        goes_on = any(sequence.can_step or sequence.in_flight for sequence in step.sequences)
+        self.times.step_read(len(results), goes_on=goes_on)
+        for result in results:
             sequence = result.sequence
             if sequence.has_ended:
                 self._release_ended(sequence)
@@ -284,6 +293,7 @@ class DecodeEngine:
             elif result.index == len(sequence.output):
                 sequence.tokens_since_seated += 1
                 self._append(sequence, result.token)
+        self.times.lap(ANSWER)
 
     def _guarded(self, batch: list[Sequence], run: Callable[[], None]) -> None:
         """A step that raises fails its sequences; the node goes on, unless its device is lost."""

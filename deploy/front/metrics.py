@@ -20,6 +20,8 @@ _STAT_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
 
+STEP_CAUSES = ("others", "seats", "launch", "device", "answer", "held")
+"""Causes of long gaps between steps, see decode_node/step_times.py."""
 NODE_COUNTERS = frozenset(
     {
         "bytes_received",
@@ -33,12 +35,15 @@ NODE_COUNTERS = frozenset(
         "hellos_refused",
         "hot_hits",
         "hot_misses",
+        *(f"long_step_gaps_{cause}" for cause in STEP_CAUSES),
+        *(f"long_step_gaps_{cause}_ms" for cause in STEP_CAUSES),
         "output_tokens",
         "parks",
         "prefill_failed",
         "prefill_steps",
         "prefill_tokens",
         "rows_swapped_in",
+        "step_gaps",
         "strangers_refused",
     }
 )
