@@ -113,7 +113,7 @@ class UncopiedCache(HotCache):
             self.ring_rows,
             scores_BC=scores_BC,
         )
-        for layer in self._layers_of_group[group]:
+        for layer in self.layers_of_group[group]:
             self._copied_L[layer] = self._side.mark()
 
 

@@ -242,13 +242,14 @@ class ChunkAck(Message, frozen=True, tag="chunk_ack"):
 class Commit(Message, frozen=True, tag="commit"):
     """Sent behind the last chunk; decode is READY once it has this and all chunks are verified.
 
-    `warm_positions`: for each index group, positions of the prompt's last top-k; may be empty.
+    `warm_positions`: for each index group, positions of the prompt's last top-k, little-endian
+    int32 one behind the other (as bytes they cost either side nothing to decode); may be empty.
     """
 
     lease_id: int
     num_chunks: int
     first_token: OutputToken
-    warm_positions: tuple[tuple[int, ...], ...]
+    warm_positions: tuple[bytes, ...]
 
 
 class CommitAck(Message, frozen=True, tag="commit_ack"):

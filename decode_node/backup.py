@@ -19,19 +19,19 @@ from .sequence import Sequence
 
 
 class Backup:
-    """Step thread only. `device`: where the rows come from."""
+    """Step thread only. `device`: where the rows come from. `side`: the stream of the copies."""
 
     def __init__(self, device: torch.device) -> None:
-        self._side = SideStream(device)
+        self.side = SideStream(device)
         self._pending: deque[tuple[Mark, Sequence, int]] = deque()
         self.on_durable: Callable[[Sequence], None] = lambda _: None
 
     def start(self, sequence: Sequence, end: int, copy: Callable[[], None]) -> None:
         """Runs `copy`, which copies rows [backup_len, end), behind all work queued so far."""
-        with self._side.fork():
+        with self.side.fork():
             copy()
         sequence.backup_len = end
-        self._pending.append((self._side.mark(), sequence, end))
+        self._pending.append((self.side.mark(), sequence, end))
         self.poll()
 
     def poll(self) -> None:
@@ -49,7 +49,7 @@ class Backup:
 
     def order(self) -> None:
         """Work queued from now on runs behind all copies started so far; the host does not wait."""
-        self._side.join()
+        self.side.join()
 
     def _arrived(self) -> None:
         _, sequence, end = self._pending.popleft()

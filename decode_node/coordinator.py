@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from ..kernels.copy_rows import copy_rows
 from .admission import Admission
 from .backup import Backup
 from .hot_cache import HotCache
+from .seat_fill import SeatFill
 from .sequence import Sequence, SequenceState
 
 
@@ -69,6 +69,7 @@ class HiSparseCoordinator:
         self._page_size = cache.geometry.page_size
         self._device = cache.rows.device
         self.backup = Backup(self._device)
+        self._fill = SeatFill(cache, host.rows)
         self.kept_keys: HostMirror | None = None
         """Host memory that outlives the process and must have the keys of every durable row, where
         that is not the index pool's own memory."""
@@ -119,18 +120,36 @@ class HiSparseCoordinator:
     # Seats
 
     def try_seat(self, sequence: Sequence) -> bool:
-        """Gives a READY or PARKED sequence a seat and fills its hot buffer; False if none is free."""
+        """Gives a READY or PARKED sequence a seat, which begins to be filled; False if none is free."""
         seat = self.seats.try_acquire()
         if seat is None:
             return False
         sequence.seat = seat
         sequence.admit_len = sequence.kv_len = sequence.backup_len
         sequence.tokens_since_seated = 0
-        self.backup.order()  # the seat's last owner, and this sequence's own rows
-        self.cache.take_seat(seat, sequence.host_lease.pages, sequence.index_lease.pages)
-        self._preload(sequence, seat)
+        sequence.filling = self._fill.start(
+            seat,
+            sequence.host_lease.pages,
+            sequence.index_lease.pages,
+            sequence.backup_len,
+            sequence.warm_positions if self._warm_start else (),
+            behind=self.backup.side,
+        )
+        sequence.warm_positions = ()
         sequence.advance(SequenceState.RUNNING)
         return True
+
+    def is_filled(self, sequence: Sequence) -> bool:
+        """Whether its seat is ready for a step; does not wait."""
+        if sequence.filling is not None and sequence.filling.has_passed():
+            sequence.filling = None
+        return sequence.filling is None
+
+    def await_fill(self, sequence: Sequence) -> None:
+        """Its next step waits for the seat on the device: for when there is nobody else to hold up."""
+        if sequence.filling is not None:
+            sequence.filling.join()
+            sequence.filling = None
 
     def retract_req(self, sequence: Sequence) -> None:
         """Parks a RUNNING sequence: its newest rows go to the host, its seat is free again.
@@ -211,19 +230,6 @@ class HiSparseCoordinator:
         pages = sequence.index_lease.pages[first // page_size : -(-end // page_size)]
         page_ids = self._tensor(pages)
         copy_rows(self.index.data, target.host_LPX, page_ids, page_ids)
-
-    def _preload(self, sequence: Sequence, seat: int) -> None:
-        """A sequence that fits is resident whole; else its prompt's last top-k, if known."""
-        length = sequence.backup_len
-        host_rows = self.host.rows
-        if length <= self.cache.hot_rows:
-            self.cache.preload(seat, None, torch.arange(length, device=self._device), host_rows)
-        elif self._warm_start:
-            for group, positions in enumerate(sequence.warm_positions):
-                warm = np.unique(np.asarray(positions, dtype=np.int64))
-                warm = warm[(warm >= 0) & (warm < length)][: self.cache.hot_rows]
-                self.cache.preload(seat, group, self._upload(torch.from_numpy(warm)), host_rows)
-        sequence.warm_positions = ()
 
     def _free_seat(self, sequence: Sequence) -> None:
         if sequence.seat is not None:

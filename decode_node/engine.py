@@ -140,7 +140,7 @@ class DecodeEngine:
         self,
         sequence: Sequence,
         first_token: OutputToken,
-        warm_positions: tuple[tuple[int, ...], ...],
+        warm_positions: tuple[bytes, ...],
     ) -> None:
         """The prompt's KV is complete and verified: the first token goes out, decoding may begin."""
         sequence.warm_positions = warm_positions
@@ -199,7 +199,7 @@ class DecodeEngine:
         self.times.lap(OTHERS)
         self._coordinator.backup.poll()
         self._scheduler.assign()
-        batch = [sequence for sequence in self._scheduler.running if sequence.can_step]
+        batch = self._steppable()
         self.times.lap(SEATS)
         if batch:
             self._guarded(batch, partial(self._launch, batch))
@@ -267,6 +267,17 @@ class DecodeEngine:
 
     # One step
 
+    def _steppable(self) -> list[Sequence]:
+        """The sequences of the next step. Nobody's step waits for another's seat to be filled."""
+        coordinator = self._coordinator
+        running = [sequence for sequence in self._scheduler.running if sequence.can_step]
+        filled = [sequence for sequence in running if coordinator.is_filled(sequence)]
+        if filled or self._flight:
+            return filled
+        for sequence in running:
+            coordinator.await_fill(sequence)
+        return running
+
     def _launch(self, batch: list[Sequence]) -> None:
         self._flight.launch(batch)
         self.num_steps += 1
@@ -327,14 +338,19 @@ class DecodeEngine:
         finish = Finish(request_id, attempt, reason, num_tokens=len(sequence.output))
         self._end(sequence, SequenceState.FINISHED, finish)
 
-    def cancel(self, key: RequestKey) -> None:
-        """Ends a request nobody wants any more; unknown keys are ignored."""
+    def cancel(self, key: RequestKey, *, is_told: bool = False) -> None:
+        """Ends a request nobody wants any more; unknown keys are ignored.
+
+        `is_told`: the front has heard of its end from elsewhere, and hears nothing from here.
+        """
         sequence = self._sequences.get(key)
         if sequence is not None:
             finish = Finish(key[0], key[1], "cancelled", num_tokens=len(sequence.output))
-            self._end(sequence, SequenceState.FINISHED, finish)
+            self._end(sequence, SequenceState.FINISHED, finish, is_told=is_told)
 
-    def _end(self, sequence: Sequence, state: SequenceState, finish: Finish) -> None:
+    def _end(
+        self, sequence: Sequence, state: SequenceState, finish: Finish, *, is_told: bool = False
+    ) -> None:
         self._journal.end(sequence, finish)  # before its pages can belong to another
         self._scheduler.remove(sequence)
         del self._sequences[sequence.key]
@@ -344,7 +360,8 @@ class DecodeEngine:
             self._finished.popitem(last=False)
         self._ending.add(sequence.key)
         self._release_ended(sequence)
-        self._send(sequence.front_id, finish)
+        if not is_told:
+            self._send(sequence.front_id, finish)
 
     def _release_ended(self, sequence: Sequence) -> None:
         """Gives back what an ended sequence holds, once, when no step of it is in flight."""

@@ -32,7 +32,6 @@ from torch import Tensor
 from ..common.errors import InvariantError
 from ..common.layouts import KvGeometry
 from ..hostpool.side_stream import Mark, SideStream
-from ..kernels.copy_rows import copy_rows
 from ..kernels.swap_in import load_cache_to_device_buffer, swap_in
 from .hot_counters import HotCacheStats, HotCounters
 
@@ -72,12 +71,12 @@ class HotCache:
         self.topk = topk
         self._by_score = by_score
         self._group_of_layer = group_of_layer
-        self._layers_of_group = [
+        self.layers_of_group = [
             [layer for layer, group in enumerate(group_of_layer) if group == index]
             for index in range(geometry.num_index_layers)
         ]
         self._counters = HotCounters(
-            [len(layers) for layers in self._layers_of_group],
+            [len(layers) for layers in self.layers_of_group],
             num_seats=num_seats,
             topk=topk,
             row_bytes=geometry.row.row_bytes,
@@ -112,48 +111,13 @@ class HotCache:
         """Any thread may read it; see hot_counters.py."""
         return self._counters.stats
 
-    def take_seat(self, seat: int, host_pages: list[int], index_pages: list[int]) -> None:
-        """Empties the seat's tables and writes its page tables."""
+    def empty_seat(self, seat: int, host_pages_P: Tensor, index_pages_P: Tensor) -> None:
+        """Empties the seat's tables and writes its page tables (-1 behind the last page)."""
         self.position_of_slot_GSH[:, seat] = -1
         self.slot_of_position_GSC[:, seat] = -1
         self.last_use_GSH[:, seat] = 0
-        for table_SP, pages in (
-            (self.page_table_SP, host_pages),
-            (self.index_table_SP, index_pages),
-        ):
-            row_P = torch.full((table_SP.shape[1],), -1, dtype=torch.int32)
-            row_P[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
-            if table_SP.is_cuda:
-                row_P = row_P.pin_memory()
-            table_SP[seat].copy_(row_P, non_blocking=True)
-
-    def preload(self, seat: int, group: int | None, positions: Tensor, host_rows: Tensor) -> None:
-        """Copies rows host -> hot slots before the seat's first step.
-
-        Args:
-            group: the index group whose layers and tables are meant; None: all.
-            positions: int64 [n], distinct, n <= H; the i-th goes to slot i.
-            host_rows: uint8 [L, slots, row_bytes] of the host pool.
-        """
-        num_rows = positions.numel()
-        if num_rows == 0:
-            return
-        page_size = self.geometry.page_size
-        groups = range(self.geometry.num_index_layers) if group is None else (group,)
-        pages = self.page_table_SP[seat].to(torch.int64)[positions // page_size]
-        host_slots = pages * page_size + positions % page_size
-        device_rows = seat * self.seat_rows + torch.arange(num_rows, device=positions.device)
-        slots = torch.arange(num_rows, dtype=torch.int32, device=positions.device)
-        for index in groups:
-            for layer in self._layers_of_group[index]:
-                copy_rows(
-                    host_rows[layer : layer + 1],
-                    self.rows[layer : layer + 1],
-                    host_slots,
-                    device_rows,
-                )
-            self.position_of_slot_GSH[index, seat, :num_rows] = positions.to(torch.int32)
-            self.slot_of_position_GSC[index, seat, positions] = slots
+        self.page_table_SP[seat] = host_pages_P
+        self.index_table_SP[seat] = index_pages_P
 
     def swap_in(
         self,
@@ -195,7 +159,7 @@ class HotCache:
         scores_BC: Tensor | None,
     ) -> None:
         batch = topk_idx_BK.shape[0]
-        first, *others = self._layers_of_group[group]
+        first, *others = self.layers_of_group[group]
         plan, num_misses_B = self._plan, self._counters.num_misses_GS[group, :batch]
         misses = (plan.miss_host_slot_SK[:batch], plan.miss_device_row_SK[:batch], num_misses_B)
         tensors = (

@@ -7,7 +7,7 @@ happens to the request, they are free only when the importer says that the lease
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..common.errors import RequestError
 from ..common.layouts import KvGeometry
@@ -62,6 +62,7 @@ class Receiver:
         """Leases whose writers copy into this node's memory: no fence but their death ends them."""
         self._num_beyond_reach = 0
         """Pages in quarantine under such leases."""
+        self._arriving: list[tuple[Callable[[], bool], Sequence, ImportReady]] = []
         self.bytes_received = 0
         engine.on_release = self._released
         engine.extra_stats = self._stats
@@ -90,13 +91,17 @@ class Receiver:
         return True
 
     def step(self) -> bool:
-        """Too many pages wait for writers that are lost: the node ends their reach itself."""
+        """Sends on what has arrived.
+
+        If too many pages wait for writers that are lost, the node ends their reach itself.
+        """
         pages = self._engine.coordinator.host.pages
         num_within_reach = pages.num_quarantined - self._num_beyond_reach
         if num_within_reach > self._max_quarantine_share * pages.num_total:
             share = f"{pages.num_quarantined} of {pages.num_total} pages"
             self._fence.request(f"{share} are in quarantine")
-        return False
+        self._make_ready()
+        return bool(self._arriving)
 
     def _offered(self, event: OfferArrived) -> None:
         offer = event.offer
@@ -147,8 +152,21 @@ class Receiver:
         )
         num_pages = geometry.num_pages(sequence.num_prompt_tokens)
         self.bytes_received += num_pages * page_bytes
-        self._index.to_device(sequence.index_lease.pages[:num_pages])
-        self._engine.make_ready(sequence, event.first_token, event.warm_positions)
+        has_keys = self._index.start_to_device(sequence.index_lease.pages[:num_pages])
+        self._arriving.append((has_keys, sequence, event))
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        """Prompts whose indexer keys are on the device may decode; no step waits for those copies."""
+        still_arriving = []
+        for has_keys, sequence, event in self._arriving:
+            if sequence.has_ended:
+                continue
+            if has_keys():
+                self._engine.make_ready(sequence, event.first_token, event.warm_positions)
+            else:
+                still_arriving.append((has_keys, sequence, event))
+        self._arriving = still_arriving
 
     def _released(self, sequence: Sequence) -> None:
         """A request ended; if its KV is still on its way, prefill is told to stop."""

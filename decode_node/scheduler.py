@@ -13,6 +13,9 @@ from collections.abc import Callable
 from .coordinator import HiSparseCoordinator
 from .sequence import Sequence, SequenceState
 
+MAX_SEATED = 2
+"""Sequences that get a seat between two steps of others."""
+
 
 class SeatScheduler:
     """Step thread only.
@@ -48,9 +51,15 @@ class SeatScheduler:
                 queue.remove(sequence)
 
     def assign(self) -> None:
-        """Seats whom it can; parks at most one sequence for each waiting one."""
+        """Seats whom it can; parks at most one sequence for each waiting one.
+
+        Beside running sequences at most MAX_SEATED a call: they wait while seats are prepared.
+        """
         self.waiting.sort(key=lambda sequence: sequence.arrival_s)
+        most = len(self.running) + MAX_SEATED if self.running else len(self.waiting)
         for waiter in list(self.waiting):
+            if len(self.running) >= most:
+                return
             if waiter in self.waiting and not self._try_run(waiter):
                 self._make_room(waiter)
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from ..common.errors import InvariantError
 from ..common.wire import OutputToken, Sampling
 from ..hostpool.pages import PageLease
+from ..hostpool.side_stream import Mark
 
 RequestKey = tuple[str, int]
 """(request_id, attempt)."""
@@ -73,7 +74,8 @@ class Sequence:
         backup_len: positions below it are final there or on their way, in the order of the stream.
         seat: hot buffer it holds, while RUNNING.
         admit_len: `durable_len` when it took its seat; the ring has nothing older.
-        warm_positions: per index group, rows to load when it takes its first seat.
+        warm_positions: per index group, rows to load when it takes its first seat; see wire.Commit.
+        filling: passes when its seat's hot buffer is filled; no step of it before.
     """
 
     key: RequestKey
@@ -94,7 +96,8 @@ class Sequence:
     admit_len: int = 0
     tokens_since_seated: int = 0
     waiting_since_s: float = 0.0
-    warm_positions: tuple[tuple[int, ...], ...] = ()
+    warm_positions: tuple[bytes, ...] = ()
+    filling: Mark | None = None
 
     def advance(self, state: SequenceState) -> None:
         """Goes to `state`; InvariantError if the table does not allow it."""

@@ -142,6 +142,9 @@ class StepRunner:
             for kind in SAMPLING_KINDS[1:]:
                 choose = partial(self._choose, batch, kind)
                 self._graphs[batch, kind] = self._take_graph(choose, pool)
+            for (size, _), graph in self._graphs.items():
+                if size == batch:
+                    graph.replay()  # the first sends it to the device: not between two steps
         torch.cuda.synchronize(self.device)
         log.info(
             "%d graphs of decode steps in %.1f s, the first in %.1f s",

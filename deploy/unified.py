@@ -40,7 +40,7 @@ class _Staged:
 
     sequence: Sequence
     first_token: OutputToken
-    warm_positions: tuple[tuple[int, ...], ...]
+    warm_positions: tuple[bytes, ...]
 
 
 class LocalHandoff:
@@ -70,9 +70,7 @@ class LocalHandoff:
     def pages_ready(self, job: Job, first_page: int, pages: list[int]) -> None:
         """Nothing to do: the whole prompt is staged at commit."""
 
-    def commit(
-        self, job: Job, first_token: OutputToken, warm_positions: tuple[tuple[int, ...], ...]
-    ) -> None:
+    def commit(self, job: Job, first_token: OutputToken, warm_positions: tuple[bytes, ...]) -> None:
         sequence = self._decode.find(job.key)
         if sequence is None:
             self._post(HandoffReleased(job.key, is_quarantined=False))
@@ -81,10 +79,10 @@ class LocalHandoff:
         self._staged.append(_Staged(sequence, first_token, warm_positions))
         self._finish_staged()
 
-    def cancel(self, job: Job, reason: str) -> None:
+    def cancel(self, job: Job, reason: str, *, is_told: bool) -> None:
         if job in self._deferred:
             self._deferred.remove(job)
-        self._decode.cancel(job.key)
+        self._decode.cancel(job.key, is_told=is_told)
         self._staged = [staged for staged in self._staged if staged.sequence.key != job.key]
         self._post(HandoffReleased(job.key, is_quarantined=False))
 

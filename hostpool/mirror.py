@@ -95,9 +95,15 @@ class HostMirror:
 
     def to_device(self, pages: Sequence[int]) -> None:
         """Copies pages of every layer host -> device, before what the current stream does next."""
-        if self._memory is not None and self._copier is not None and pages:
-            self._copier.copy(self._blocks(self.host_LPX, self._device_LPX, pages, None))
+        self.start_to_device(pages)
+        if self._copier is not None and not self.is_device:
             self._copier.make_wait()
+
+    def start_to_device(self, pages: Sequence[int]) -> Callable[[], bool]:
+        """As `to_device`, but nothing waits: returns what tells whether the copy has ended."""
+        if self._memory is None or self._copier is None or not pages:
+            return lambda: True
+        return self._copier.copy(self._blocks(self.host_LPX, self._device_LPX, pages, None))
 
     def close(self) -> None:
         """Unpins. Nothing may be in flight."""

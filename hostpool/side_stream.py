@@ -50,6 +50,13 @@ class SideStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._stream)
 
+    def beside(self, behind: SideStream) -> AbstractContextManager[object]:
+        """What is launched inside runs behind the forks of `behind`, not behind the current stream."""
+        if self._stream is None or behind._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(behind._stream)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._stream)
+
     def mark(self) -> Mark:
         """Marks the work launched in forks so far."""
         if self._stream is None:

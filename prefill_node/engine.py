@@ -177,7 +177,7 @@ class PrefillEngine:
             return RequestError(f"token ids must be from 0 to {vocab_size - 1}")
         return None
 
-    def _cancel(self, key: RequestKey, reason: str) -> bool:
+    def _cancel(self, key: RequestKey, reason: str, *, is_told: bool = False) -> bool:
         """False if the key is not here, so that a decode engine beside this one can look."""
         job = self._jobs.get(key)
         if job is None:
@@ -187,7 +187,7 @@ class PrefillEngine:
         elif job.state is not JobState.CANCELLED:
             job.advance(JobState.CANCELLED)
             self._scheduler.retire(job)
-            self._handoff.cancel(job, reason)
+            self._handoff.cancel(job, reason, is_told=is_told)
         return True
 
     def _granted(self, event: HandoffGranted) -> None:
@@ -227,7 +227,7 @@ class PrefillEngine:
         for job in list(self._jobs.values()):
             if job.state is not JobState.CANCELLED:
                 self._tell_front(job, error, can_retry=True)
-                self._cancel(job.key, str(error))
+                self._cancel(job.key, str(error), is_told=True)
 
     # One step
 
@@ -277,7 +277,8 @@ class PrefillEngine:
         if first_token.token_id < 0:
             self._fail_batch([job], no_token_error())
             return
-        warm = tuple(tuple(positions[positions >= 0].tolist()) for positions in last_positions)
+        warm_GK = torch.stack(last_positions).to(torch.int32).cpu().numpy()
+        warm = tuple(row_K[row_K >= 0].tobytes() for row_K in warm_GK)
         job.advance(JobState.SENT)
         self._scheduler.retire(job)
         self._handoff.commit(job, first_token, warm)
@@ -290,7 +291,7 @@ class PrefillEngine:
                 f"the prefill step failed: {error}", status=500, code="step_failed"
             )
             self._tell_front(job, reason, can_retry=True)
-            self._cancel(job.key, str(reason))
+            self._cancel(job.key, str(reason), is_told=True)
 
     def _tell_front(self, job: Job, error: RequestError, *, can_retry: bool) -> None:
         self.num_failed += 1

@@ -89,12 +89,10 @@ class RemoteHandoff:
         source = ComputedPages(self._mirrors) if self._is_on_device else None
         self._exporter.pages_ready(job.key, first_page, pages, source)
 
-    def commit(
-        self, job: Job, first_token: OutputToken, warm_positions: tuple[tuple[int, ...], ...]
-    ) -> None:
+    def commit(self, job: Job, first_token: OutputToken, warm_positions: tuple[bytes, ...]) -> None:
         self._exporter.commit(job.key, first_token, warm_positions)
 
-    def cancel(self, job: Job, reason: str) -> None:
+    def cancel(self, job: Job, reason: str, *, is_told: bool) -> None:
         self._exporter.cancel(job.key, reason)
 
     # common.step_loop.Engine

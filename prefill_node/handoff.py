@@ -21,13 +21,14 @@ class Handoff(Protocol):
     def pages_ready(self, job: Job, first_page: int, pages: list[int]) -> None:
         """Device pages `pages` hold the prompt's pages from `first_page` on; final, in order."""
 
-    def commit(
-        self, job: Job, first_token: OutputToken, warm_positions: tuple[tuple[int, ...], ...]
-    ) -> None:
+    def commit(self, job: Job, first_token: OutputToken, warm_positions: tuple[bytes, ...]) -> None:
         """All pages were given; the prompt's first output token and last top-k per index group."""
 
-    def cancel(self, job: Job, reason: str) -> None:
-        """Stop; HandoffReleased follows when nothing reads the pages any more."""
+    def cancel(self, job: Job, reason: str, *, is_told: bool) -> None:
+        """Stop; HandoffReleased follows when nothing reads the pages any more.
+
+        `is_told`: the front has been told how the request ended, and must hear of no other end.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ class ImportReady:
     key: Key
     lease_id: int
     first_token: wire.OutputToken
-    warm_positions: tuple[tuple[int, ...], ...]
+    warm_positions: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)

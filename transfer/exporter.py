@@ -143,7 +143,7 @@ class Exporter:
         self,
         key: Key,
         first_token: wire.OutputToken,
-        warm_positions: tuple[tuple[int, ...], ...] = (),
+        warm_positions: tuple[bytes, ...] = (),
     ) -> None:
         """All pages of the prompt were given."""
         event = CommitReady(first_token, warm_positions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from .session import CompositeHandler, Handler
 AUDIT_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 2.0
 """How long a drained node waits for its last messages to leave."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread keeps the interpreter from another that wants it. Python's own 5 ms are longer
+than a decode step, which needs it several times and would wait each time."""
 _DRAIN_POLL_S = 0.02
 
 
@@ -119,6 +123,7 @@ class Node:
         self._max_context = max_context
 
     def start(self) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._step_loop.start()
         self.control.start(CompositeHandler(self._handlers))
 

@@ -30,7 +30,7 @@ class PagesReady:
 @dataclass(frozen=True, slots=True)
 class CommitReady:
     first_token: wire.OutputToken
-    warm_positions: tuple[tuple[int, ...], ...]
+    warm_positions: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from helpers.tiny_models import INDEX_TOPK, VETTED_SEEDS, prompt, session_checkp
 
 from tidepool.decode_node.node import build_node as build_decode
 from tidepool.decode_node.sequence import Sequence
+from tidepool.hostpool.mirror import HostMirror
 from tidepool.prefill_node.node import build_node as build_prefill
 
 SEED = VETTED_SEEDS["glm52"][0]
@@ -160,4 +162,27 @@ def test_a_decode_node_that_stays_full_answers_429(path: Path) -> None:
         finish = pair.front.finishes["late"]
         assert (finish.status, finish.code, finish.can_retry) == (429, "overloaded", False)
         pair.cancel("long")
+        pair.assert_settles_empty()
+
+
+def test_a_prompt_whose_keys_are_not_on_the_device_holds_up_nobody(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [prompt(0, 40), prompt(1, 60)]
+    have_keys = threading.Event()
+    with pd_pair(exact_config(path)) as pair:
+        expected = pair.generate(requests, max_tokens=40)
+        pair.submit("runs", requests[0], max_tokens=40)
+        with pair.front.changed:
+            pair.front.changed.wait_for(lambda: bool(pair.front.tokens["runs"]), 20.0)
+        start = HostMirror.start_to_device
+        monkeypatch.setattr(
+            HostMirror, "start_to_device", lambda *a: (start(*a), have_keys.is_set)[1]
+        )
+        pair.submit("waits", requests[1], max_tokens=40)
+        pair.wait(["runs"])
+        assert not pair.front.tokens["waits"]
+        have_keys.set()
+        pair.wait(["waits"])
+        assert [pair.front.tokens[r] for r in ("runs", "waits")] == expected
         pair.assert_settles_empty()

@@ -368,7 +368,7 @@ class World:
         job = self.jobs[key]
         if job["given"] == len(job["pages"]) and not job["committed"]:
             job["committed"] = True
-            self.p.handler.commit(key, TOKEN, ((1, 2), (3,)))
+            self.p.handler.commit(key, TOKEN, (b"\1\0\0\0\2\0\0\0", b"\3\0\0\0"))
             self.flush(self.p)
 
     def cancel_export(self, key: Key) -> None:

@@ -11,6 +11,8 @@ import torch
 from helpers.engines import UnifiedHarness
 from helpers.tiny_models import INDEX_TOPK, VETTED_SEEDS, prompt, session_checkpoint
 
+from tidepool.common.errors import RequestError
+
 SEED = VETTED_SEEDS["glm52"][0]
 HOT: dict[str, Any] = {"decode.hot_rows": INDEX_TOPK, "kv.page_size": 4}
 
@@ -233,4 +235,32 @@ def test_damaged_host_rows_fail_their_own_request_and_no_other(path: Path) -> No
     assert node.finishes["r0"].code == "not_finite"
     assert node.finishes["r0"].can_retry
     assert node.output("r1") == expected[1]
+    node.assert_empty()
+
+
+@pytest.mark.parametrize("how", ["a chunk fails", "the node stops"])
+def test_a_prompt_that_cannot_be_computed_ends_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    node = UnifiedHarness(path, **{**HOT, "prefill.chunk_tokens": 16})  # a second end raises
+    node.ask("kept", prompt(0, 10), max_tokens=6)
+    node.run()
+    node.ask("lost", prompt(1, 60), max_tokens=6)
+    while node.decode.find(("lost", 0)) is None:
+        node.step()
+    if how == "a chunk fails":
+        forward = node.runtime.model.forward
+
+        def fail(*arguments: Any) -> Any:
+            monkeypatch.setattr(node.runtime.model, "forward", forward)
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(node.runtime.model, "forward", fail)
+    else:
+        for engine in (node.prefill, node.decode):
+            engine.hand_over(RequestError("the node stops", status=503, code="draining"))
+    node.run()
+    assert node.finishes["lost"].can_retry
+    assert node.finishes["lost"].reason == "error"
+    assert node.finishes["kept"].reason == "length"
     node.assert_empty()
