@@ -31,6 +31,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -174,7 +175,8 @@ def gaps_within(seen: list[Seen], begin_s: float, end_s: float) -> list[float]:
     ]
 
 
-def measure(roles: list[str], config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(cluster: Cluster, arguments: argparse.Namespace) -> dict[str, Any]:
+    roles = cluster.roles
     long, short = Shape(*arguments.long), Shape(*arguments.short)
     mixes: dict[str, Mix] = {
         "long prompts": [("long", long)],
@@ -182,7 +184,6 @@ def measure(roles: list[str], config: Config, arguments: argparse.Namespace) -> 
         "both": [("long", long), ("short", short)],
     }
     name = "+".join(roles)
-    cluster = Cluster(roles, config, arguments.model, arguments.gpus)
     found: dict[str, Any] = {"nodes": roles}
     vocab, slo = arguments.vocab, (arguments.slo_ttft, arguments.slo_itl)
     num_sinks = sum(role in ("decode", "unified") for role in roles)
@@ -283,8 +284,16 @@ def main() -> None:
         "fed": ["feeder"] * arguments.pairs + decodes,
     }
     found: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}
-    for name in arguments.arrangements:
-        found[name] = measure(roles_of[name], config, arguments)
+    # All start at once, which takes most of the time; idle nodes compute nothing.
+    with ThreadPoolExecutor() as pool:
+        clusters = list(
+            pool.map(
+                lambda name: Cluster(roles_of[name], config, arguments.model, arguments.gpus),
+                arguments.arrangements,
+            )
+        )
+    for name, cluster in zip(arguments.arrangements, clusters, strict=True):
+        found[name] = measure(cluster, arguments)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         place = "gpu" if arguments.gpus else "cpu"

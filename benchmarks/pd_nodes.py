@@ -17,6 +17,7 @@ from typing import Any
 from tidepool.common import wire
 from tidepool.common.config import Config
 from tidepool.transfer.control import ControlLoop
+from tidepool.transfer.node import own_interpreter
 from tidepool.transfer.session import Peer
 
 HOST = "127.0.0.1"
@@ -73,6 +74,7 @@ def serve(pipe: Connection, role: str, node_id: str, config: Config, model: str,
     os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu) if gpu >= 0 else ""
     noted = Noted()
     node = build(role, node_id, config, model, noted)
+    own_interpreter()
     node.start()
     pipe.send((node_id, node.control.address))
     while pipe.recv() != "stop":

@@ -109,8 +109,8 @@ def record_demo() -> Iterator[Trace]:
     warm: list[tuple[int, ...]] = []
     commit = node.handoff.commit
 
-    def keep(job: Job, token: OutputToken, positions: tuple[tuple[int, ...], ...]) -> None:
-        warm[:] = positions
+    def keep(job: Job, token: OutputToken, positions: tuple[bytes, ...]) -> None:
+        warm[:] = [tuple(np.frombuffer(packed, dtype="<i4").tolist()) for packed in positions]
         commit(job, token, positions)
 
     node.handoff.commit = keep  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from ..common.config import Config
 from ..common.errors import SegmentError
 from ..common.stages import Stages
 from ..hostpool.keeper_link import KeeperLink
-from ..transfer.node import Node
+from ..transfer.node import Node, own_interpreter
 from .drain import DrainOnTerm
 from .incarnations import Incarnations
 from .keeping import find_or_start, keeper_path
@@ -106,6 +106,7 @@ class NodeActor:
         self._stages.mark("keeper")
         self._node = _build(role, config, node_id, bind_address(config), link, self._stages)
         self._incarnations.record(self._node.control.epoch)
+        own_interpreter()
         self._node.start()
         self._stages.mark("started")
         self._drain_s = config.cluster.drain_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 from tidepool.common.errors import InvariantError
@@ -66,3 +68,14 @@ def test_an_idle_loop_stops_at_once() -> None:
     assert loop.is_alive
     assert loop.stop(WAIT_S)
     assert not loop.is_alive
+
+
+def test_a_nodes_own_process_shares_the_interpreter_within_a_step() -> None:
+    code = (
+        "import gc, sys\n"
+        "from tidepool.transfer.node import own_interpreter\n"
+        "own_interpreter()\n"
+        "print(sys.getswitchinterval(), gc.get_freeze_count() > 1000)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0.0005", "True"]
