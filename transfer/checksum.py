@@ -1,21 +1,25 @@
-"""xxh3_64 over memory at raw addresses; host memory only.
+"""xxh3_64 over memory at raw addresses, on threads of its own; host memory only.
 
-Asked for by the mover's thread. Where the machine has cores to spare, several parts are hashed at a
-time, on threads that hold the GIL only between segments.
+The mover owns one Hasher and asks it from its thread; nobody waits for it. Its threads hold the GIL
+only between segments.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import xxhash
 
 Segment = tuple[int, int]
 """(address, bytes)."""
+
+NUM_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+"""Leaves most cores to the model and to the engine that moves the bytes."""
+_MIN_GROUP_BYTES = 256 * 1024
+"""Less is not worth another thread."""
 
 
 def checksum(segments: Iterable[Segment]) -> int:
@@ -29,28 +33,65 @@ def checksum(segments: Iterable[Segment]) -> int:
     return int(state.intdigest())
 
 
-def next_parts(
-    parts: Sequence[Sequence[Segment]], first: int, max_bytes: int
-) -> Sequence[Sequence[Segment]]:
-    """Parts from `first` on: one for each thread, and as many as it takes to reach `max_bytes`."""
-    end, num_bytes = first, 0
-    while end < len(parts) and (num_bytes < max_bytes or end < first + NUM_THREADS):
-        num_bytes += sum(size for _, size in parts[end])
-        end += 1
-    return parts[first:end]
+class Hashing:
+    """Checksums under way. Made by Hasher."""
+
+    def __init__(self, groups: Sequence[Future[list[int]]]) -> None:
+        self._groups = groups
+
+    @property
+    def is_done(self) -> bool:
+        return all(group.done() for group in self._groups)
+
+    def values(self) -> list[int]:
+        """One a part, in order; raises what hashing raised. Only once it is done."""
+        return [value for group in self._groups for value in group.result()]
 
 
-def checksums(parts: Sequence[Sequence[Segment]]) -> list[int]:
-    """The checksum of each part."""
-    if len(parts) < 2 or NUM_THREADS < 2:
-        return [checksum(part) for part in parts]
-    return list(_pool().map(checksum, parts))
+class Hasher:
+    """See the module. Threads are started when they are first needed."""
+
+    def __init__(self, num_threads: int = NUM_THREADS) -> None:
+        self._num_threads = num_threads
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="checksum")
+
+    def start(self, parts: Sequence[Sequence[Segment]], on_end: Callable[[], None]) -> Hashing:
+        """Begins to hash `parts`, spread over the threads by bytes.
+
+        `on_end`: called at the end, once or more often, on some thread. What was started before is
+        hashed before.
+        """
+        groups = [
+            self._threads.submit(_checksums, group) for group in _groups(parts, self._num_threads)
+        ]
+        hashing = Hashing(groups)
+        for group in groups:
+            group.add_done_callback(lambda _: on_end() if hashing.is_done else None)
+        return hashing
+
+    def stop(self) -> None:
+        """Waits for what is being hashed; the rest never is."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-NUM_THREADS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))
-"""Leaves most cores to the model and to the engine that moves the bytes."""
+def _checksums(parts: Sequence[Sequence[Segment]]) -> list[int]:
+    return [checksum(part) for part in parts]
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="checksum")
+def _groups(
+    parts: Sequence[Sequence[Segment]], max_groups: int
+) -> list[Sequence[Sequence[Segment]]]:
+    """Neighbouring parts together, in at most `max_groups` groups of about equally many bytes."""
+    sizes = [sum(num_bytes for _, num_bytes in part) for part in parts]
+    aim = max(_MIN_GROUP_BYTES, -(-sum(sizes) // max_groups))
+    groups: list[Sequence[Sequence[Segment]]] = []
+    first, num_bytes = 0, 0
+    for end, size in enumerate(sizes, start=1):
+        num_bytes += size
+        is_last = len(groups) == max_groups - 1
+        if num_bytes >= aim and not is_last:
+            groups.append(parts[first:end])
+            first, num_bytes = end, 0
+    if first < len(parts):
+        groups.append(parts[first:])
+    return groups

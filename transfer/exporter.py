@@ -40,10 +40,8 @@ from .pages import (
     check_regions,
     check_runs,
     expand,
-    join_writes,
-    layer_parts,
     layers_in,
-    plan_writes,
+    plan_span,
     slices,
 )
 from .session import Control, Peer
@@ -352,7 +350,7 @@ class Exporter:
 
     def _start_write(self, transfer: _Transfer, action: StartWrite) -> None:
         assert transfer.peer is not None
-        path, source = transfer.path, action.source
+        path, source, targets = transfer.path, action.source, transfer.target_pages
         layers = layers_in(list(self._regions.values()), action.layers)
         theirs: dict[str, wire.Region]
         stage: Stage | None = None
@@ -365,29 +363,21 @@ class Exporter:
             own, address, theirs = self._direct_regions, path.data_address, path.regions
             if source is not None:
                 stage = source.settle
-        first, count = action.first_page, len(action.source_pages)
-        writes = join_writes(
-            [
-                plan_writes(
-                    own[name],
-                    theirs[name],
-                    action.source_pages,
-                    transfer.target_pages[name][first : first + count],
-                    self._config.max_write_bytes,
-                    each,
-                )
-                for name, each in layers.items()
-            ]
+        first, end = action.first_page, action.first_page + len(action.source_pages)
+        plan = partial(
+            plan_span,
+            action.layers,
+            [(own[name], theirs[name], pages[first:end]) for name, pages in targets.items()],
+            action.source_pages,
+            self._config.max_write_bytes,
+            is_hashed=self._has_checksums and path is None,
         )
-        is_hashed = self._has_checksums and path is None
-        sources = [(region, action.source_pages) for region in own.values()]
         on_end = partial(self._on_write_end, transfer, action.sequence, action.tries)
         self._mover.write(
             WriteJob(
                 owner=transfer.machine.request.key,
                 peer_data_address=address,
-                writes=writes,
-                parts=layer_parts(sources, action.layers) if is_hashed else [],
+                plan=plan,
                 on_end=on_end,
                 stage=stage,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from .checksum import Segment
@@ -11,6 +12,9 @@ from .transport import TicketStatus, Writes
 
 Part = Sequence[Segment]
 """Bytes that are hashed to one value, in this order: a chunk's pages in one layer."""
+
+Plan = Callable[[], tuple[Writes, Sequence[Part]]]
+"""Which writes a job is, and which parts are hashed."""
 
 Stage = Callable[[], Callable[[], bool]]
 """Starts what must happen before a job's bytes may be read, without waiting for it; what it returns
@@ -42,20 +46,33 @@ class WriteResult:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WriteJob:
-    """Execute `writes`, and hash `parts` (none: no checksums) while they are under way.
+    """Execute writes, and hash parts (none: no checksums) while they are under way.
 
-    The sources must not change before `on_end` is called. `stage`: started as soon as the job is
-    queued; the job ends only after it has, also when it is cancelled.
+    `plan` says which; it is called once, on the mover's thread, when the job's turn has come, so
+    that the first of many jobs begins before the others are planned. The sources must not change
+    before `on_end` is called. `stage`: started as soon as the job is queued; the job ends only
+    after it has, also when it is cancelled.
     """
 
     owner: Hashable
     peer_data_address: str
-    writes: Writes
-    parts: Sequence[Part]
+    plan: Plan
     on_end: Callable[[WriteResult], None]
     stage: Stage | None = None
+
+    @cached_property
+    def _planned(self) -> tuple[Writes, Sequence[Part]]:
+        return self.plan()
+
+    @property
+    def writes(self) -> Writes:
+        return self._planned[0]
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self._planned[1]
 
 
 @dataclass(frozen=True, slots=True)

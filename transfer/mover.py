@@ -1,11 +1,11 @@
-"""The one thread of a node that moves bytes and hashes them.
+"""The one thread of a node that moves bytes and has them hashed.
 
 Exporter and importer hand it jobs from the I/O thread; each job ends exactly once, by a call that
 runs on the I/O thread (through `post`). Jobs of one owner (a transfer) are submitted in order, the
 next as soon as the one before is wholly submitted; owners take turns, a slice of work each, so that
-none waits for another's whole prompt. Submitting comes first, so that the wire is never idle: what
-is sent is hashed while it is under way, a slice at a time. Never spins: while something is in
-flight it sleeps `POLL_S` between looks, else it waits for a job.
+none waits for another's whole prompt. What is sent is hashed while it is under way, on the hasher's
+threads. Never spins: while something is in flight it sleeps `POLL_S` between looks, else it waits
+for a job, or for the end of a hash.
 
 A write that has not ended after `write_timeout_s` counts as FAILED_UNKNOWN; its ticket is kept and
 polled until it does end. Limits on writes in flight hold for each peer, so that a dead one delays
@@ -17,14 +17,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from itertools import islice
 
 from ..common.clock import Clock, MonotonicClock
 from ..common.config import TransferSection
 from ..common.errors import TransferError
-from .checksum import NUM_THREADS, checksums, next_parts
+from .checksum import Hasher
 from .jobs import VerifyJob, WriteJob, WriteResult
+from .tasks import Flight, Verifying, Writing
 from .transport import Channel, Ticket, TicketStatus, Transport, Writes
 
 _LOGGER = logging.getLogger(__name__)
@@ -32,56 +33,14 @@ _LOGGER = logging.getLogger(__name__)
 POLL_S = 0.0003
 _SLOW_POLL_S = 0.05
 """While only a peer that does not answer is waited for."""
-_SLICE_BYTES = NUM_THREADS * 1024 * 1024
-"""Hashed between two looks at what is in flight: 0.1 ms, and more where layers are long."""
+_MAX_PENDING_LOOKS = 8
+"""Batches of a job end in about the order they began: behind so many that have not, none is looked at."""
+_VERIFIED_AHEAD = 2
+"""Jobs of an owner that are hashed at a time."""
+_CALLS_A_TURN = 4
+"""Taken from other threads between two turns: the first of many jobs begins before the rest is staged."""
 _MAX_JOBS = 65536
 _NO_LIMIT = 1 << 30
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A batch under way."""
-
-    ticket: Ticket
-    num_writes: int
-    deadline_s: float
-
-
-@dataclass(slots=True, eq=False)
-class _Writing:
-    """A write job that is queued or has begun."""
-
-    job: WriteJob
-    staged: Callable[[], bool] | None = None
-    """Asks whether the bytes are there; None once they are."""
-    checksums: list[int] = field(default_factory=list)
-    num_submitted: int = 0
-    flights: list[_Flight] = field(default_factory=list)
-    failure: TicketStatus | None = None
-    reason: str = ""
-
-    @property
-    def is_submitted(self) -> bool:
-        return self.failure is not None or self.num_submitted == len(self.job.writes)
-
-    @property
-    def is_hashed(self) -> bool:
-        return self.failure is not None or len(self.checksums) == len(self.job.parts)
-
-    def check_staged(self) -> bool:
-        if self.staged is not None and self.staged():
-            self.staged = None
-        return self.staged is None
-
-    def fail(self, status: TicketStatus, reason: str) -> None:
-        if self.failure is not TicketStatus.FAILED_UNKNOWN:
-            self.failure, self.reason = status, reason
-
-
-@dataclass(slots=True, eq=False)
-class _Verifying:
-    job: VerifyJob
-    num_hashed: int = 0
 
 
 class Mover:
@@ -109,9 +68,12 @@ class Mover:
         self._wakeup = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._is_stopping = False
+        self._is_woken = False
+        """Something was hashed since the last look."""
+        self._hasher = Hasher()
         self._num_jobs = 0
-        self._queues: dict[Hashable, deque[_Writing | _Verifying]] = {}
-        self._flying: list[_Writing] = []
+        self._queues: dict[Hashable, deque[Writing | Verifying]] = {}
+        self._flying: list[Writing] = []
         """Wholly submitted, not ended."""
         self._abandoned: list[Ticket] = []
         self._channels: dict[str, Channel | TransferError | float] = {}
@@ -135,14 +97,15 @@ class Mover:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise TransferError(f"the mover is still busy after {timeout_s} s")
+        self._hasher.stop()
 
     def write(self, job: WriteJob) -> None:
         """Queues a write job; it ends FAILED_DRAINED at once if there are too many."""
-        self._tell(lambda: self._enqueue(job.owner, _Writing(job)))
+        self._tell(lambda: self._enqueue(job.owner, Writing(job)))
 
     def verify(self, job: VerifyJob) -> None:
         """Queues a verification."""
-        self._tell(lambda: self._enqueue(job.owner, _Verifying(job)))
+        self._tell(lambda: self._enqueue(job.owner, Verifying(job)))
 
     def cancel(self, owner: Hashable) -> None:
         """Submits no more of the owner's writes; its jobs end once nothing of them is in flight."""
@@ -157,6 +120,11 @@ class Mover:
             self._inbox.append(call)
             self._wakeup.notify()
 
+    def _wake(self) -> None:
+        with self._wakeup:
+            self._is_woken = True
+            self._wakeup.notify()
+
     # ---- the mover's thread ----
 
     def _run(self) -> None:
@@ -166,7 +134,6 @@ class Mover:
                     call()
                 self._land()
                 self._turn()
-                self._hash_some()
         except Exception as error:
             _LOGGER.critical("the mover stops", exc_info=error)
             if self._on_fatal is not None:
@@ -175,39 +142,33 @@ class Mover:
     def _wait(self) -> bool:
         """Waits for something to do; False to stop."""
         with self._wakeup:
-            if not self._inbox and not self._is_stopping and not self._has_work():
+            is_told = self._inbox or self._is_stopping or self._is_woken
+            if not is_told and not self._has_work():
                 is_idle = not self._queues and not self._abandoned
                 slow_s = None if is_idle else _SLOW_POLL_S
                 is_fast = self._num_in_flight or self._is_staging()
                 self._wakeup.wait(POLL_S if is_fast else slow_s)
+            self._is_woken = False
             return not self._is_stopping
 
     def _has_work(self) -> bool:
-        """Whether a turn would hash or submit something."""
-        if any(self._can_go_on(queue[0]) for queue in self._queues.values()):
-            return True
-        return next(self._unhashed(), None) is not None
+        """Whether a turn would submit or end something."""
+        return any(self._can_go_on(queue[0]) for queue in self._queues.values())
 
     def _is_staging(self) -> bool:
         heads = [queue[0] for queue in self._queues.values()]
         return any(
-            isinstance(task, _Writing) and task.staged is not None for task in heads + self._flying
+            isinstance(task, Writing) and task.staged is not None for task in heads + self._flying
         )
 
-    def _can_go_on(self, task: _Writing | _Verifying) -> bool:
-        if isinstance(task, _Verifying) or task.is_submitted:
+    def _can_go_on(self, task: Writing | Verifying) -> bool:
+        if isinstance(task, Verifying):
+            return task.hashing is None or task.hashing.is_done
+        if task.is_submitted:
             return True
         address = task.job.peer_data_address
         has_room = self._room(address) > 0 and not isinstance(self._channels.get(address), float)
         return has_room and task.check_staged()
-
-    def _unhashed(self) -> Iterator[_Writing]:
-        """Tasks whose bytes may be hashed and are not yet; those that will end first come first."""
-        yield from (task for task in self._flying if not task.is_hashed)
-        for queue in self._queues.values():
-            head = queue[0]
-            if isinstance(head, _Writing) and head.num_submitted and not head.is_hashed:
-                yield head
 
     def _room(self, address: str) -> int:
         channel = self._channels.get(address)
@@ -221,21 +182,22 @@ class Mover:
 
     def _take_inbox(self) -> list[Callable[[], None]]:
         with self._wakeup:
-            inbox, self._inbox = self._inbox, []
+            inbox = self._inbox[:_CALLS_A_TURN]
+            del self._inbox[:_CALLS_A_TURN]
         return inbox
 
-    def _enqueue(self, owner: Hashable, task: _Writing | _Verifying) -> None:
-        if self._num_jobs >= _MAX_JOBS and isinstance(task, _Writing):
+    def _enqueue(self, owner: Hashable, task: Writing | Verifying) -> None:
+        if self._num_jobs >= _MAX_JOBS and isinstance(task, Writing):
             self._report(task, WriteResult(TicketStatus.FAILED_DRAINED, reason="too many jobs"))
             return
         self._num_jobs += 1
-        if isinstance(task, _Writing) and task.job.stage is not None:
+        if isinstance(task, Writing) and task.job.stage is not None:
             task.staged = task.job.stage()
         self._queues.setdefault(owner, deque()).append(task)
 
     def _cancel(self, owner: Hashable) -> None:
         for task in self._queues.get(owner, ()):
-            if isinstance(task, _Writing):
+            if isinstance(task, Writing):
                 task.fail(TicketStatus.FAILED_DRAINED, "cancelled")
 
     def _forget(self, address: str) -> None:
@@ -250,51 +212,40 @@ class Mover:
             if not self._can_go_on(task):
                 continue
             del self._queues[owner]
-            if isinstance(task, _Verifying):
-                is_over = self._hash_and_compare(task)
-            else:
-                is_over = self._advance(task)
+            is_over = self._verify(queue) if isinstance(task, Verifying) else self._advance(task)
             if is_over:
                 queue.popleft()
                 self._num_jobs -= 1
             if queue:
                 self._queues[owner] = queue
 
-    def _hash_and_compare(self, task: _Verifying) -> bool:
-        """Hashes one slice; True once the job has ended."""
-        job = task.job
-        is_good = len(job.parts) == len(job.expected)
-        if is_good:
-            done = task.num_hashed
-            found = checksums(next_parts(job.parts, done, _SLICE_BYTES))
-            task.num_hashed += len(found)
-            is_good = found == list(job.expected[done : task.num_hashed])
-        if is_good and task.num_hashed < len(job.parts):
+    def _verify(self, queue: deque[Writing | Verifying]) -> bool:
+        """Has the next jobs hashed; True once the first has ended."""
+        for task in islice(queue, _VERIFIED_AHEAD):
+            if isinstance(task, Verifying) and task.hashing is None:
+                task.hashing = self._hasher.start(task.job.parts, self._wake)
+        head = queue[0]
+        assert isinstance(head, Verifying)
+        assert head.hashing is not None
+        if not head.hashing.is_done:
             return False
-        if not is_good:
-            self.num_mismatches += 1
+        job = head.job
+        is_good = head.hashing.values() == list(job.expected)
+        self.num_mismatches += not is_good
         self._post(lambda: job.on_end(is_good))
         return True
 
-    def _hash_some(self) -> None:
-        """One slice of what is under way."""
-        task = next(self._unhashed(), None)
-        if task is None:
-            return
-        task.checksums += checksums(next_parts(task.job.parts, len(task.checksums), _SLICE_BYTES))
-        if task.is_hashed and task in self._flying:
-            self._land_one(task)
-
-    def _advance(self, task: _Writing) -> bool:
+    def _advance(self, task: Writing) -> bool:
         """Submits a batch a lane; True once everything is submitted, or it has failed."""
         if not task.is_submitted:
             self._submit(task)
         if task.is_submitted:
+            self._begin_hashing(task)
             self._flying.append(task)
             self._land_one(task)
         return task.is_submitted
 
-    def _submit(self, task: _Writing) -> None:
+    def _submit(self, task: Writing) -> None:
         address = task.job.peer_data_address
         channel = self._channel(address)
         if isinstance(channel, float):
@@ -309,13 +260,19 @@ class Mover:
                 return
             ticket = self._transport.submit(channel, writes)
             deadline_s = self._clock.now() + self._config.write_timeout_s
-            task.flights.append(_Flight(ticket, len(writes), deadline_s))
+            task.flights.append(Flight(ticket, len(writes), deadline_s))
+            self._begin_hashing(task)
             task.num_submitted += len(writes)
             in_flight = self._num_in_flight.get(address, 0)
             self._num_in_flight[address] = in_flight + len(writes)
             self.bytes_written += writes.num_bytes
 
-    def _next_batch(self, task: _Writing, room: int, channel: Channel) -> Writes:
+    def _begin_hashing(self, task: Writing) -> None:
+        """Once its bytes are there."""
+        if task.hashing is None and task.job.parts and task.failure is None:
+            task.hashing = self._hasher.start(task.job.parts, self._wake)
+
+    def _next_batch(self, task: Writing, room: int, channel: Channel) -> Writes:
         share = -(-self._config.max_writes_in_flight // 4)
         max_writes = min(room, share) if channel.is_limited else room
         rest = task.job.writes[task.num_submitted :]
@@ -347,7 +304,7 @@ class Mover:
         """Looks at everything in flight."""
         for queue in self._queues.values():
             task = queue[0]
-            if isinstance(task, _Writing):
+            if isinstance(task, Writing):
                 self._poll(task)
                 self._check_opening(task)
         for task in list(self._flying):
@@ -358,7 +315,7 @@ class Mover:
             if self._transport.poll(ticket) is TicketStatus.PENDING
         ]
 
-    def _check_opening(self, task: _Writing) -> None:
+    def _check_opening(self, task: Writing) -> None:
         """A peer that cannot be reached in time fails what waits for it; nothing was sent."""
         address = task.job.peer_data_address
         since_s = self._channels.get(address)
@@ -366,7 +323,7 @@ class Mover:
         if isinstance(since_s, float) and self._clock.now() - since_s > timeout_s:
             task.fail(TicketStatus.FAILED_DRAINED, f"{address} does not answer for {timeout_s} s")
 
-    def _land_one(self, task: _Writing) -> None:
+    def _land_one(self, task: Writing) -> None:
         self._poll(task)
         if task.flights or not task.is_hashed or not task.check_staged():
             return
@@ -374,15 +331,20 @@ class Mover:
         if task.failure is not None:
             self._report(task, WriteResult(task.failure, reason=task.reason))
         else:
-            self._report(task, WriteResult(TicketStatus.DONE, tuple(task.checksums)))
+            values = [] if task.hashing is None else task.hashing.values()
+            self._report(task, WriteResult(TicketStatus.DONE, tuple(values)))
 
-    def _poll(self, task: _Writing) -> None:
+    def _poll(self, task: Writing) -> None:
         now_s = self._clock.now()
         address = task.job.peer_data_address
+        num_pending = 0
         for flight in list(task.flights):
+            if num_pending >= _MAX_PENDING_LOOKS:
+                return
             status = self._transport.poll(flight.ticket)
             if status is TicketStatus.PENDING:
                 if now_s < flight.deadline_s:
+                    num_pending += 1
                     continue
                 self._abandoned.append(flight.ticket)
                 took = f"{self._config.write_timeout_s} s"
@@ -394,7 +356,7 @@ class Mover:
             if not self._num_in_flight[address]:
                 del self._num_in_flight[address]
 
-    def _report(self, task: _Writing, result: WriteResult) -> None:
+    def _report(self, task: Writing, result: WriteResult) -> None:
         self._post(lambda: task.job.on_end(result))
 
 

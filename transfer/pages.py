@@ -113,9 +113,31 @@ def plan_writes(
     return Writes((begins + pieces).reshape(-1, 3))
 
 
-def join_writes(plans: Sequence[Writes]) -> Writes:
-    """All writes of the plans, in order."""
-    return Writes(np.concatenate([plan.rows for plan in plans]))
+def plan_span(
+    span: LayerSpan,
+    regions: Sequence[tuple[Region, Region, Sequence[int]]],
+    source_pages: Sequence[int],
+    max_write_bytes: int,
+    *,
+    is_hashed: bool,
+) -> tuple[Writes, list[list[Segment]]]:
+    """What copies some layers of pages that are the same ones in every source region.
+
+    Args:
+        span: the layers, of all regions' together.
+        regions: source region, target region and the pages in that, each.
+
+    Returns the writes, and what each checksum covers (nothing unless `is_hashed`).
+    """
+    layers = layers_in([source for source, _, _ in regions], span)
+    plans = [
+        plan_writes(source, target, source_pages, pages, max_write_bytes, layers[source.name]).rows
+        for source, target, pages in regions
+        if source.name in layers
+    ]
+    sources = [(source, source_pages) for source, _, _ in regions]
+    parts = layer_parts(sources, span) if is_hashed else []
+    return Writes(np.concatenate(plans)), parts
 
 
 def _common_runs(left: Sequence[int], right: Sequence[int]) -> list[tuple[int, int, int]]:

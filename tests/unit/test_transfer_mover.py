@@ -14,13 +14,17 @@ from helpers.memory import Memory
 from tidepool.common.config import TransferSection
 from tidepool.common.errors import TransferError
 from tidepool.transfer.checksum import checksum
-from tidepool.transfer.jobs import VerifyJob, WriteJob, WriteResult
+from tidepool.transfer.jobs import Part, VerifyJob, WriteJob, WriteResult
 from tidepool.transfer.loopback import Fault, LoopbackTransport
 from tidepool.transfer.mover import Mover
 from tidepool.transfer.transport import Channel, TicketStatus, Write, Writes
 
 SIZE = 64 * 1024
 CONFIG = TransferSection(max_writes_in_flight=4, write_timeout_s=0.2)
+
+
+def plan(writes: list[Write], parts: list[Part]) -> tuple[Writes, list[Part]]:
+    return Writes(writes), parts
 
 
 class Bench:
@@ -51,8 +55,7 @@ class Bench:
             WriteJob(
                 owner=owner,
                 peer_data_address=peer or self.far.data_address,
-                writes=Writes(writes),
-                parts=segments,
+                plan=partial(plan, writes, segments),
                 on_end=lambda result: self.ends.append((owner, result)),
             )
         )
@@ -109,7 +112,7 @@ def test_nothing_is_read_before_it_is_staged_and_a_cancelled_job_ends_after_its_
         write = Write(bench.source.address, bench.target.address, 1024)
         part = [(bench.source.address, 1024)]
         end = partial(lambda owner, result: bench.ends.append((owner, result)), owner)
-        job = WriteJob(owner, bench.far.data_address, Writes([write]), [part], end, stage)
+        job = WriteJob(owner, bench.far.data_address, partial(plan, [write], [part]), end, stage)
         bench.mover.write(job)
     bench.mover.cancel("cancelled")
     deadline_s = time.monotonic() + 5.0
@@ -178,7 +181,7 @@ def test_a_hanging_peer_does_not_hold_up_another(bench: Bench) -> None:
     ends: list[WriteResult] = []
     started_s = time.monotonic()
     write = Write(bench.source.address, memory.address, 1024)
-    bench.mover.write(WriteJob("fine", other.data_address, Writes([write]), [], ends.append))
+    bench.mover.write(WriteJob("fine", other.data_address, partial(plan, [write], []), ends.append))
     while not ends:
         bench.calls.get(timeout=5)()
     assert ends[0].status is TicketStatus.DONE

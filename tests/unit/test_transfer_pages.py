@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import threading
 
 import pytest
 import xxhash
@@ -12,15 +14,15 @@ from hypothesis import strategies as st
 
 from tidepool.common.errors import ProtocolError
 from tidepool.common.wire import PageRun, Region
-from tidepool.transfer.checksum import checksum
+from tidepool.transfer.checksum import Hasher, checksum
 from tidepool.transfer.pages import (
     LayerSpan,
     check_regions,
     check_runs,
     expand,
-    join_writes,
     layer_parts,
     layers_in,
+    plan_span,
     plan_writes,
     slices,
 )
@@ -99,6 +101,27 @@ def test_a_checksum_is_xxh3_64_over_all_segments_in_order() -> None:
     assert checksum(reversed(segments)) != checksum(segments)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("sizes", [[], [0], [7], [300_000] * 5, [1, 900_000, 5, 5, 600_000, 2]])
+def test_parts_hashed_on_several_threads_give_the_same_values_in_order(
+    num_threads: int, sizes: list[int]
+) -> None:
+    memory = Memory(2_000_000)
+    memory.fill(4)
+    ends = list(itertools.accumulate(sizes))
+    parts = [
+        [(memory.address + end - size, size // 2), (memory.address + end - size // 2, size // 2)]
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    hasher = Hasher(num_threads)
+    is_over = threading.Event()
+    hashing = hasher.start(parts, is_over.set)
+    assert is_over.wait(5.0) or not parts
+    assert hashing.is_done
+    assert hashing.values() == [checksum(part) for part in parts]
+    hasher.stop()
+
+
 @pytest.mark.parametrize(
     "runs",
     [
@@ -149,12 +172,22 @@ def test_pieces_hold_each_layer_once_in_order_and_are_about_equal(data: st.DataO
     assert in_pieces == whole
 
 
-def test_writes_of_pieces_are_those_of_the_whole() -> None:
+def test_the_plans_of_all_spans_are_the_writes_and_parts_of_the_whole() -> None:
     source, target = Region("kv", 1000, 5, 10, 4), Region("kv", 5000, 5, 20, 4)
-    pages = ([1, 2, 3, 7], [8, 9, 10, 11])
-    whole = plan_writes(source, target, *pages, 6)
-    pieces = [plan_writes(source, target, *pages, 6, each) for each in (range(2), range(2, 5))]
-    assert list(join_writes(pieces)) == list(whole)
+    keys = Region("index", 1 << 20, 2, 10, 3), Region("index", 1 << 21, 2, 20, 3)
+    pages, theirs, keys_there = [1, 2, 3, 7], [8, 9, 10, 11], [4, 3, 2, 1]
+    regions = [(source, target, theirs), (*keys, keys_there)]
+    writes, parts = [], []
+    for span in slices([source, keys[0]], len(pages), 40):
+        of_span = plan_span(span, regions, pages, 6, is_hashed=True)
+        writes += list(of_span[0])
+        parts += of_span[1]
+        assert plan_span(span, regions, pages, 6, is_hashed=False)[1] == []
+    assert writes == [
+        *plan_writes(source, target, pages, theirs, 6),
+        *plan_writes(*keys, pages, keys_there, 6),
+    ]
+    assert parts == layer_parts([(source, pages), (keys[0], pages)])
 
 
 def test_slices_name_the_layers_of_each_region() -> None:
