@@ -145,7 +145,7 @@ class Link:
     def stream(self) -> None:
         self.p.side.pages_ready(self.key, 0, self.source_pages[:4])
         self.p.side.pages_ready(self.key, 4, self.source_pages[4:])
-        self.p.side.commit(self.key, TOKEN, ((1,), (2, 3)))
+        self.p.side.commit(self.key, TOKEN, (b"\1\0\0\0", b"\2\0\0\0\3\0\0\0"))
 
     def stop(self) -> None:
         self.p.stop()
@@ -172,7 +172,7 @@ def test_a_prompt_arrives_whole_and_both_sides_let_go(make: Callable[..., Transp
         wait_for(lambda: find(link.d, LeaseEnded))
         wait_for(lambda: find(link.p, ExportReleased))
         assert find(link.d, ImportReady) == ImportReady(
-            link.key, link.lease_id, TOKEN, ((1,), (2, 3))
+            link.key, link.lease_id, TOKEN, (b"\1\0\0\0", b"\2\0\0\0\3\0\0\0")
         )
         assert [type(each) for each in link.p.events] == [ExportGranted, ExportDone, ExportReleased]
         assert find(link.p, ExportReleased).is_quarantined is False
