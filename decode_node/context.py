@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..hostpool.index_pool import IndexPool
 from ..hostpool.pool import HostPool
-from ..kernels.index_logits import index_logits
+from ..kernels.index_scores import IndexScores
 from ..kernels.select_topk import select_topk
 from ..kernels.sparse_mla import sparse_mla
 from ..kernels.store_index_keys import store_index_keys
@@ -59,6 +59,11 @@ class DecodeContext:
         self._index = index
         self._batch = batch
         self._layout = cache.geometry.row
+        self._scores = IndexScores(
+            batch.lens_B, batch.scores_BC, cache.geometry.page_size, cache.geometry.index.name
+        )
+        self._scores_BC = batch.scores_BC
+        """Of the newest selection; kept until the next, as the swap-in's stream may still read it."""
 
     def store_kv(self, layer: int, latent_TC: Tensor, rope_key_TR: Tensor) -> None:
         for rows_B in self._batch.store_rows_2B:
@@ -83,7 +88,7 @@ class DecodeContext:
             batch.lens_B,
             batch.seats_B,
             self._host.rows,
-            batch.scores_BC,
+            self._scores_BC,
         )
 
     def attend(self, layer: int, q_latent_THC: Tensor, q_rope_THR: Tensor, scale: float) -> Tensor:
@@ -102,21 +107,14 @@ class DecodeContext:
 
     def _select(self, index_layer: int, query_BID: Tensor, weight_BI: Tensor) -> None:
         """Writes `topk_idx_BK`."""
-        batch, geometry = self._batch, self._cache.geometry
+        batch = self._batch
         topk = batch.topk_idx_BK.shape[1]
         # With no more positions than selected rows every order of scores selects the same.
         if batch.scores_BC.shape[1] <= topk:
             every_K = torch.arange(topk, dtype=torch.int32, device=query_BID.device)
             batch.topk_idx_BK.copy_(torch.where(every_K < batch.lens_B[:, None], every_K, -1))
             return
-        index_logits(
-            query_BID,
-            weight_BI,
-            self._index.data[index_layer],
-            batch.index_table_BP,
-            batch.lens_B,
-            batch.scores_BC,
-            geometry.page_size,
-            geometry.index.name,
+        self._scores_BC = self._scores(
+            query_BID, weight_BI, self._index.data[index_layer], batch.index_table_BP
         )
-        select_topk(batch.scores_BC, batch.lens_B, batch.topk_idx_BK)
+        select_topk(self._scores_BC, batch.lens_B, batch.topk_idx_BK)

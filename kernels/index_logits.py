@@ -5,6 +5,9 @@ score[t] = sum_i weight[i] * relu(query[i] . key[t]), in float32. The weights al
 (model/context.py). Weights may be negative and relu gives exact zeros, so exact ties are common;
 select_topk decides them. Source: DeepSeek-V3.2's lightning indexer.
 
+Queries of FP8 keys may be rounded to e4m3 with a power of two a head and token, as DeepSeek's own
+inference does (rounds_queries; a node's choice, see index_choice.py). Keys in float32 keep theirs.
+
 Suffixes: B batch rows, T tokens of a chunk, I indexer heads, D key width, P pages, X bytes of a page,
 C positions.
 """
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import KernelError
-from . import cuda
+from . import cuda, fp8, index_choice
 from .registry import BYTES, FLOAT32, FLOATS, INT32, INTS, Arguments, cpu_op, implement
 from .row_bytes import check_range
 from .store_index_keys import index_layout, unpack_index_pages
@@ -33,6 +36,8 @@ def index_logits(
     scores_BC: Tensor,
     page_size: int,
     layout: str,
+    *,
+    rounds_queries: bool | None = None,
 ) -> None:
     """Scores of all positions of B sequences.
 
@@ -45,6 +50,7 @@ def index_logits(
         scores_BC: float32 [B, C], C >= every length; written whole, -inf from the length on.
         page_size: tokens a page.
         layout: name of an IndexLayout.
+        rounds_queries: score with queries rounded to e4m3; None: the node's choice.
 
     Raises KernelError on mismatching tensors, or lengths beyond C or the table.
     """
@@ -56,7 +62,18 @@ def index_logits(
     arguments.check("page_table_BP", page_table_BP, INT32, "B", None)
     arguments.check("lengths_B", lengths_B, INTS, "B")
     arguments.check("scores_BC", scores_BC, FLOAT32, "B", None)
-    _op(query_BID, weight_BI, pages_PX, page_table_BP, lengths_B, scores_BC, page_size, layout)
+    rounds = index_choice.rounds_queries(layout, rounds_queries)
+    _op(
+        query_BID,
+        weight_BI,
+        pages_PX,
+        page_table_BP,
+        lengths_B,
+        scores_BC,
+        page_size,
+        layout,
+        rounds,
+    )
 
 
 def index_logits_chunk(
@@ -68,6 +85,8 @@ def index_logits_chunk(
     scores_TC: Tensor,
     page_size: int,
     layout: str,
+    *,
+    rounds_queries: bool | None = None,
 ) -> None:
     """Scores of T consecutive tokens of one sequence; token t sees positions <= first_position + t.
 
@@ -80,6 +99,7 @@ def index_logits_chunk(
         scores_TC: float32 [T, C], C >= first_position + T; written whole, -inf where not visible.
         page_size: tokens a page.
         layout: name of an IndexLayout.
+        rounds_queries: score with queries rounded to e4m3; None: the node's choice.
 
     Raises KernelError on mismatching tensors, or positions beyond C or the table.
     """
@@ -96,8 +116,17 @@ def index_logits_chunk(
         raise KernelError(
             f"index_logits_chunk: positions {first_position} to {end} do not fit into {room}"
         )
+    rounds = index_choice.rounds_queries(layout, rounds_queries)
     _chunk_op(
-        query_TID, weight_TI, pages_PX, page_table_P, first_position, scores_TC, page_size, layout
+        query_TID,
+        weight_TI,
+        pages_PX,
+        page_table_P,
+        first_position,
+        scores_TC,
+        page_size,
+        layout,
+        rounds,
     )
 
 
@@ -110,9 +139,10 @@ def _index_logits(
     scores_BC: Tensor,
     page_size: int,
     layout: str,
+    rounds_queries: bool,
 ) -> None:
     room = min(scores_BC.shape[1], page_table_BP.shape[1] * page_size)
-    query_BID = query_BID.float()
+    query_BID = _as_scored(query_BID, rounds_queries)
     for row, length in enumerate(lengths_B.tolist()):
         if length > room:
             raise KernelError(f"index_logits: length {length} of row {row} exceeds {room}")
@@ -135,6 +165,7 @@ def _index_logits_chunk(
     scores_TC: Tensor,
     page_size: int,
     layout: str,
+    rounds_queries: bool,
 ) -> None:
     num_tokens, num_heads, width = query_TID.shape
     if not num_tokens:
@@ -142,7 +173,7 @@ def _index_logits_chunk(
     end = first_position + num_tokens
     table = page_table_P[: -(-end // page_size)]
     keys_DC = _gather_keys(pages_PX, table, page_size, layout, width)[:end].t()
-    query_TID = query_TID.float().contiguous()
+    query_TID = _as_scored(query_TID, rounds_queries)
     block = max(1, min(num_tokens, MAX_BLOCK_BYTES // (4 * num_heads * end)))
     space = torch.empty(block * num_heads * end)
     scores_TC[:, end:] = float("-inf")
@@ -166,6 +197,15 @@ _op = cpu_op(mutates=("scores_BC",))(_index_logits)
 _chunk_op = cpu_op(mutates=("scores_TC",))(_index_logits_chunk)
 implement("index_logits", cuda.index_logits, "CUDA")
 implement("index_logits_chunk", cuda.index_logits_chunk, "CUDA")
+
+
+def _as_scored(query: Tensor, rounds_queries: bool) -> Tensor:
+    """float32, contiguous; rounded to e4m3 by heads, and back."""
+    query = query.float().contiguous()
+    if not rounds_queries:
+        return query
+    payload, exponent = fp8.quantize_ue8m0(query)
+    return fp8.decode(payload, fp8.scale_of_ue8m0(exponent))
 
 
 def _gather_keys(

@@ -1,10 +1,11 @@
 """Triton side of index_logits, for FP8 keys (layout index_k).
 
 Launched on torch's current stream, without a synchronisation. Keys go to the tensor cores as they are
-stored. A query head, times a power of two, is the sum of two e4m3 numbers, the nearest one and what
-it leaves: exact for bfloat16 queries down to 2**-9 of the head's largest value, and within 2**-17 of
-that below. The power goes into the head's weight: relu(2**n * x) = 2**n * relu(x). A key's scale is
-positive and multiplies its score at the end. FP8 tensor cores add up with about 14 bits.
+stored. A query head, divided by a power of two, is the nearest e4m3 number (queries that are rounded)
+or the sum of two, the nearest and what it leaves: exact for bfloat16 queries down to 2**-9 of the
+head's largest value, and within 2**-17 of that below. The power goes into the head's weight:
+relu(2**n * x) = 2**n * relu(x). A key's scale is positive and multiplies its score at the end. FP8
+tensor cores add up with about 14 bits.
 
 Keys in float32 (index_fp32, for exact tests) are scored by torch ops on the device instead, which
 allocate their temporaries. What differs from the references: lengths and pages out of range are
@@ -32,12 +33,18 @@ _FP32_BLOCK_BYTES = 64 << 20
 
 
 @triton.jit
-def _split_query(query_ID):
+def e4m3_power(query_ID, floor):
+    """float32 [I, 1]: 2**ceil(log2(amax / 448)) of each head, amax at least `floor`: ue8m0's scale."""
+    amax_I1 = tl.maximum(tl.max(tl.abs(query_ID), 1, keep_dims=True), floor)
+    # By the bits of 448 = 1.75 * 2**8: a mantissa above 1.75 counts up to the next power.
+    bits_I1 = (amax_I1.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000
+    return tl.minimum(bits_I1.to(tl.float32, bitcast=True), 1e30) * (1.0 / 256.0)
+
+
+@triton.jit
+def _split_query(query_ID, ROUNDS: tl.constexpr):
     """float32 heads as high and low e4m3 [I, D] and the power of two they were divided by [I, 1]."""
-    amax_I1 = tl.max(tl.abs(query_ID), 1, keep_dims=True)
-    # The exponent bits alone: 2**floor(log2(amax)). The largest value comes to [128, 256).
-    floor_I1 = (amax_I1.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    power_I1 = tl.minimum(tl.maximum(floor_I1, 1e-30), 1e30) * (1.0 / 128.0)
+    power_I1 = e4m3_power(query_ID, 1e-4 if ROUNDS else 1e-30)
     query_ID = query_ID / power_I1
     high_ID = query_ID.to(tl.float8e4nv)
     low_ID = (query_ID - high_ID.to(tl.float32)).to(tl.float8e4nv)
@@ -74,9 +81,12 @@ def _load_keys(
 
 
 @triton.jit
-def _scores(key_TD, high_ID, low_ID, weight_I, scale_T):
-    logits_TI = tl.dot(key_TD, tl.trans(low_ID))
-    logits_TI = tl.dot(key_TD, tl.trans(high_ID), logits_TI)
+def _scores(key_TD, high_ID, low_ID, weight_I, scale_T, ROUNDS: tl.constexpr):
+    if ROUNDS:
+        logits_TI = tl.dot(key_TD, tl.trans(high_ID))
+    else:
+        logits_TI = tl.dot(key_TD, tl.trans(low_ID))
+        logits_TI = tl.dot(key_TD, tl.trans(high_ID), logits_TI)
     return tl.sum(tl.maximum(logits_TI, 0.0) * weight_I[None, :], 1) * scale_T
 
 
@@ -103,6 +113,7 @@ def _index_logits_kernel(
     D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROUNDS: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -124,7 +135,7 @@ def _index_logits_kernel(
             mask=(i_I < NUM_HEADS)[:, None] & (d_D < D)[None, :],
             other=0.0,
         ).to(tl.float32)
-        high_ID, low_ID, power_I1 = _split_query(query_ID)
+        high_ID, low_ID, power_I1 = _split_query(query_ID, ROUNDS)
         weight_I = tl.load(weight + b * weight_stride_b + i_I, mask=i_I < NUM_HEADS, other=0.0)
         weight_I = weight_I * tl.reshape(power_I1, (BLOCK_I,))
         for start in tl.range(first, key_end, TILE, num_stages=STAGES):
@@ -133,7 +144,7 @@ def _index_logits_kernel(
             key_TD, scale_T, has_page_T = _load_keys(
                 pages, table, t_T, is_in_T, num_pages, PAGE_BYTES, PAGE_SIZE, D, BLOCK_D
             )
-            score_T = _scores(key_TD, high_ID, low_ID, weight_I, scale_T)
+            score_T = _scores(key_TD, high_ID, low_ID, weight_I, scale_T, ROUNDS)
             score_T = tl.where(has_page_T, score_T, float("-inf"))
             tl.store(scores + t_T, score_T, mask=t_T < num_columns)
     behind = first + (key_end - first + TILE - 1) // TILE * TILE
@@ -151,11 +162,11 @@ def index_logits(
     scores_BC: Tensor,
     page_size: int,
     layout: str,
+    rounds_queries: bool,
 ) -> None:
     """tidepool::index_logits on CUDA; arguments of kernels/index_logits.py."""
-    launch(
-        None, query_BID, weight_BI, pages_PX, page_table_BP, lengths_B, scores_BC, page_size, layout
-    )
+    tensors = (query_BID, weight_BI, pages_PX, page_table_BP)
+    launch(None, *tensors, lengths_B, scores_BC, page_size, layout, rounds_queries)
 
 
 def launch(
@@ -168,8 +179,9 @@ def launch(
     scores_BC: Tensor,
     page_size: int,
     layout: str,
+    rounds_queries: bool,
 ) -> None:
-    """As `index_logits`; tuning {"TILE", "STAGES", "num_warps", "tiles"}, None: chosen."""
+    """As `index_logits`, in Triton; tuning {"TILE", "STAGES", "num_warps", "tiles"}, None: chosen."""
     batch, num_heads, width = query_BID.shape
     num_columns = scores_BC.shape[1]
     if not batch or not num_columns:
@@ -208,6 +220,7 @@ def launch(
         PAGE_SIZE=page_size,
         NUM_HEADS=num_heads,
         D=width,
+        ROUNDS=rounds_queries,
         **blocks_of(num_heads, width),
         **tuning,
     )

@@ -5,6 +5,7 @@ torch's caching allocator. An e4m3 key is exact in float16, and a query head tim
 too (bfloat16 queries: for values down to 2**-26 of the head's largest), so the products are those
 of the reference; sums are float32 on the tensor cores. The power goes into the head's weight:
 relu(2**n * x) = 2**n * relu(x). A key's scale is positive and multiplies its score at the end.
+Queries that are rounded pass through e4m3 on the way to float16.
 
 Keys in float32 (index_fp32, for exact tests) are scored by torch ops on the device instead. What
 differs from the reference: pages out of range are hidden and do not raise.
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_index_logits import blocks_of, dense, keys_fp32
+from .triton_index_logits import blocks_of, dense, e4m3_power, keys_fp32
 
 TILE = 128
 """Positions of a program."""
@@ -86,8 +87,12 @@ def _prepare_queries_kernel(
     D: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROUNDS: tl.constexpr,
 ):
-    """One token: heads to float16 times a power of two [BLOCK_I, BLOCK_D], weights [BLOCK_I]."""
+    """One token: heads divided by a power of two [BLOCK_I, BLOCK_D], weights times it [BLOCK_I].
+
+    Heads become query_out's dtype, float16 or e4m3; ROUNDS: through e4m3.
+    """
     t = tl.program_id(0).to(tl.int64)
     i_I = tl.arange(0, BLOCK_I)
     d_D = tl.arange(0, BLOCK_D)
@@ -96,11 +101,15 @@ def _prepare_queries_kernel(
         mask=(i_I < NUM_HEADS)[:, None] & (d_D < D)[None, :],
         other=0.0,
     ).to(tl.float32)
-    power_I1 = _power_of_head(query_ID)
     query_out += t * BLOCK_I * BLOCK_D
-    tl.store(
-        query_out + i_I[:, None] * BLOCK_D + d_D[None, :], (query_ID / power_I1).to(tl.float16)
-    )
+    query_at_ID = query_out + i_I[:, None] * BLOCK_D + d_D[None, :]
+    if ROUNDS:
+        power_I1 = e4m3_power(query_ID, 1e-4)
+        rounded_ID = (query_ID / power_I1).to(tl.float8e4nv)
+        tl.store(query_at_ID, rounded_ID.to(query_out.dtype.element_ty))
+    else:
+        power_I1 = _power_of_head(query_ID)
+        tl.store(query_at_ID, (query_ID / power_I1).to(tl.float16))
     weight_I = tl.load(weight + t * weight_stride_t + i_I, mask=i_I < NUM_HEADS, other=0.0)
     tl.store(weight_out + t * BLOCK_I + i_I, weight_I * tl.reshape(power_I1, (BLOCK_I,)))
 
@@ -172,6 +181,7 @@ def index_logits_chunk(
     scores_TC: Tensor,
     page_size: int,
     layout: str,
+    rounds_queries: bool,
 ) -> None:
     """tidepool::index_logits_chunk on CUDA; arguments of kernels/index_logits.py."""
     num_tokens, num_heads, width = query_TID.shape
@@ -183,22 +193,9 @@ def index_logits_chunk(
             query_TID, weight_TI, pages_PX, page_table_P, first_position, scores_TC, page_size
         )
         return
-    query_TID, weight_TI = dense(query_TID), dense(weight_TI)
     blocks = blocks_of(num_heads, width)
-    shape = (num_tokens, blocks["BLOCK_I"], blocks["BLOCK_D"])
-    prepared_TID = torch.empty(shape, dtype=torch.float16, device=query_TID.device)
-    prepared_TI = torch.empty(shape[:2], dtype=torch.float32, device=query_TID.device)
-    _prepare_queries_kernel[(num_tokens,)](
-        query_TID,
-        weight_TI,
-        prepared_TID,
-        prepared_TI,
-        query_TID.stride(0),
-        query_TID.stride(1),
-        weight_TI.stride(0),
-        NUM_HEADS=num_heads,
-        D=width,
-        **blocks,
+    prepared_TID, prepared_TI = prepare_queries(
+        query_TID, weight_TI, torch.float16, rounds_queries=rounds_queries
     )
     grid = (-(-num_columns // TILE), -(-num_tokens // _CHUNK_TOKENS))
     _index_logits_chunk_kernel[grid](
@@ -219,6 +216,32 @@ def index_logits_chunk(
         TOKENS=_CHUNK_TOKENS,
         **blocks,
     )
+
+
+def prepare_queries(
+    query_TID: Tensor, weight_TI: Tensor, dtype: torch.dtype, *, rounds_queries: bool
+) -> tuple[Tensor, Tensor]:
+    """Heads over a power of two, padded [T, BLOCK_I, BLOCK_D] of `dtype`; weights times it."""
+    query_TID, weight_TI = dense(query_TID), dense(weight_TI)
+    num_tokens, num_heads, width = query_TID.shape
+    blocks = blocks_of(num_heads, width)
+    shape = (num_tokens, blocks["BLOCK_I"], blocks["BLOCK_D"])
+    prepared_TID = torch.empty(shape, dtype=dtype, device=query_TID.device)
+    prepared_TI = torch.empty(shape[:2], dtype=torch.float32, device=query_TID.device)
+    _prepare_queries_kernel[(num_tokens,)](
+        query_TID,
+        weight_TI,
+        prepared_TID,
+        prepared_TI,
+        query_TID.stride(0),
+        query_TID.stride(1),
+        weight_TI.stride(0),
+        NUM_HEADS=num_heads,
+        D=width,
+        ROUNDS=rounds_queries,
+        **blocks,
+    )
+    return prepared_TID, prepared_TI
 
 
 def _chunk_fp32(

@@ -9,6 +9,7 @@ import torch
 from ..common.config import Config
 from ..common.errors import ConfigError
 from ..common.layouts import KvGeometry
+from ..kernels import index_choice
 from .config import ModelConfig, geometry
 from .model import Model
 
@@ -47,6 +48,7 @@ def check_model(config: Config) -> ModelConfig:
 
 
 def _choose_kernels(config: Config, device: torch.device) -> None:
+    index_choice.use(config.kernels.index_logits, config.kernels.index_queries, device)
     backend = config.kernels.attention
     if device.type == "cuda":
         # Imports Triton, which hosts without a GPU lack.
