@@ -186,7 +186,6 @@ def measure(cluster: Cluster, arguments: argparse.Namespace) -> dict[str, Any]:
     name = "+".join(roles)
     found: dict[str, Any] = {"nodes": roles}
     vocab, slo = arguments.vocab, (arguments.slo_ttft, arguments.slo_itl)
-    num_sinks = sum(role in ("decode", "unified") for role in roles)
     try:
         for _ in range(2):  # kernels are built, graphs captured, the peer's memory mapped
             run_mix(cluster, mixes["both"], 4 * len(roles), 50.0, vocab)
@@ -204,10 +203,10 @@ def measure(cluster: Cluster, arguments: argparse.Namespace) -> dict[str, Any]:
             found[f"{mix_name} at {total}"] = line
             print(json.dumps({"nodes": name, **line}), flush=True)
         if arguments.steady:
-            kinds = [long, short] * arguments.steady
+            kinds = [long, short] * arguments.steady * arguments.pairs
             streams = [
                 ("steady", Shape(shape.prompt, arguments.steady_output))
-                for shape in kinds[: arguments.steady * num_sinks]
+                for shape in kinds[: arguments.steady * arguments.pairs]
             ]
             total = arguments.steady_rate * arguments.pairs
             mix = [("arriving", Shape(long.prompt, 4)), ("arriving", Shape(short.prompt, 4))]
@@ -258,7 +257,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=24, help="of a mix, and pair")
     names = ["long-prompts", "long-outputs", "both"]
     parser.add_argument("--mixes", nargs="*", default=names, choices=names)
-    parser.add_argument("--steady", type=int, default=0, help="streams of each decode engine")
+    parser.add_argument("--steady", type=int, default=0, help="long streams a pair")
     parser.add_argument("--steady-output", type=int, default=64)
     parser.add_argument("--steady-rate", type=float, default=4.0)
     parser.add_argument("--steady-arrivals", type=int, default=16)

@@ -71,9 +71,10 @@ class SeatFill:
         """Distinct positions of each index group."""
         found = []
         for raw, _ in zip(warm_positions, self._cache.layers_of_group, strict=False):
-            given = np.frombuffer(raw, dtype="<i4", count=len(raw) // 4).astype(np.int64)
-            warm = np.unique(given)
-            found.append(warm[(warm >= 0) & (warm < length)][: self._cache.hot_rows])
+            given = np.sort(np.frombuffer(raw, dtype="<i4", count=len(raw) // 4))
+            keep = (given >= 0) & (given < length)
+            keep[1:] &= given[1:] != given[:-1]  # np.unique takes ten times as long
+            found.append(given[keep][: self._cache.hot_rows].astype(np.int64))
         return found if any(len(each) for each in found) else []
 
     def _host_slots(self, positions: Integers, pages: Integers) -> Integers:
