@@ -22,7 +22,7 @@ import torch
 from gpu_ops import key_sets, time_us
 from torch import Tensor
 
-from tidepool.kernels import deepgemm, triton_index_logits
+from tidepool.kernels import cuda_index_logits, deepgemm, triton_index_logits
 from tidepool.kernels.index_choice import TABLE
 from tidepool.kernels.triton_index_logits_chunk import prepare_queries
 
@@ -55,6 +55,10 @@ def with_lengths(sets: list[tuple[Any, ...]], lengths_B: Tensor) -> list[tuple[A
 
 def in_triton(rounds: bool) -> Callable[..., None]:
     return lambda *s: triton_index_logits.launch(None, *s, rounds)
+
+
+def in_cuda(rounds: bool) -> Callable[..., None]:
+    return lambda *s: cuda_index_logits.launch(*s[:7], rounds)
 
 
 def bench_deepgemm(sets: list[tuple[Any, ...]], expected_BC: Tensor) -> dict[str, float]:
@@ -91,7 +95,7 @@ def bench(batch: int, columns: int, rate: float, shortest: int) -> dict[str, flo
     names = {"bf16": False, "fp8": True}
     scores: dict[str, Tensor] = {}
     for name, rounds in names.items():
-        calls = {f"triton {name}": in_triton(rounds)}
+        calls = {f"triton {name}": in_triton(rounds), f"cuda {name}": in_cuda(rounds)}
         for label, call in calls.items():
             scores_BC.fill_(7.0)
             result[label], _ = time_us(
@@ -113,6 +117,7 @@ def write_table(results: dict[str, dict[str, float]], commit: str) -> None:
     us = {
         str(batch): {
             "triton": round(results[f"{batch} x {columns}"]["triton fp8"], 2),
+            "cuda": round(results[f"{batch} x {columns}"]["cuda fp8"], 2),
             "deepgemm": round(results[f"{batch} x {columns}"]["deepgemm step"], 2),
         }
         for batch, columns in SHAPES

@@ -109,8 +109,8 @@ class KernelsSection:
 
     attention: Literal["auto", "flashmla_sparse", "cuda", "triton", "reference"] = "auto"
     """Sparse attention. auto: the fastest measured for the layout, heads and batch, of those that are there; flashmla_sparse: FlashMLA's wheel (extra `kernels`); cuda: our own, for Hopper; triton: our own, anywhere; reference: torch ops, for comparing, not in CUDA graphs. Refused at start where it cannot run."""
-    index_logits: Literal["auto", "triton", "deepgemm"] = "auto"
-    """Indexer scores of decode over FP8 keys. triton: our own; deepgemm: DeepGEMM's wheel (extra `kernels`), which takes FP8 queries, where it has a kernel (32 or 64 heads of 128, pages of 64); auto: deepgemm where queries are FP8 and the wheel is there. Refused at start where it cannot run."""
+    index_logits: Literal["auto", "cuda", "triton", "deepgemm"] = "auto"
+    """Indexer scores of decode over FP8 keys. cuda: our own, for Hopper; triton: our own, anywhere; deepgemm: DeepGEMM's wheel (extra `kernels`), which takes FP8 queries, where it has a kernel (32 or 64 heads of 128, pages of 64); auto: what was fastest, deepgemm only where queries are FP8 and the wheel is there. Refused at start where it cannot run."""
     index_queries: Literal["auto", "fp8", "bf16"] = "auto"
     """Indexer queries over FP8 keys. fp8: rounded to e4m3 with a power of two a head and token, as DeepSeek's own inference does; bf16: as the model computes them; auto: bf16, unless `index_logits` is deepgemm. The same on prefill and decode nodes."""
 

@@ -21,7 +21,7 @@ import torch
 from ..common.errors import ConfigError
 
 Queries = Literal["auto", "fp8", "bf16"]
-Backend = Literal["auto", "triton", "deepgemm"]
+Backend = Literal["auto", "cuda", "triton", "deepgemm"]
 TABLE = Path(__file__).parent / "data" / "index_logits.json"
 
 
@@ -45,6 +45,10 @@ def use(backend: Backend, queries: Queries, device: torch.device) -> None:
     _choice.rounds_queries = queries == "fp8" or backend == "deepgemm"
 
 
+def backend() -> Backend:
+    return _choice.backend
+
+
 def wants_deepgemm(batch: int) -> bool:
     """Whether a step of so many rows goes to DeepGEMM's wheel, if that can take it.
 
@@ -57,7 +61,7 @@ def wants_deepgemm(batch: int) -> bool:
         return False
     us = _measured()
     times = us[max((b for b in us if b <= batch), default=min(us))]
-    return times["deepgemm"] < times["triton"]
+    return times["deepgemm"] < min(times["cuda"], times["triton"])
 
 
 def rounds_queries(layout: str, asked: bool | None = None) -> bool:
@@ -80,4 +84,6 @@ def _missing(backend: Backend, device: torch.device) -> str:
         from . import deepgemm  # noqa: PLC0415  (asks for the wheel)
 
         return deepgemm.missing()
+    if backend == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        return "the GPU is not sm_90"
     return ""

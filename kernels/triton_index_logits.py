@@ -1,4 +1,7 @@
-"""Triton side of index_logits, for FP8 keys (layout index_k).
+"""Triton side of index_logits, for FP8 keys (layout index_k), and which kernel scores on a GPU.
+
+Larger calls that csrc/index_logits.cu is written for go there (cuda_index_logits.py); a node may choose
+either by name.
 
 Launched on torch's current stream, without a synchronisation. Keys go to the tensor cores as they are
 stored. A query head, divided by a power of two, is the nearest e4m3 number (queries that are rounded)
@@ -22,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import cuda_index_logits, index_choice
 from .cuda_library import num_processors
 from .store_index_keys import index_layout, unpack_index_pages
 
@@ -166,6 +170,12 @@ def index_logits(
 ) -> None:
     """tidepool::index_logits on CUDA; arguments of kernels/index_logits.py."""
     tensors = (query_BID, weight_BI, pages_PX, page_table_BP)
+    backend = index_choice.backend()
+    is_large = scores_BC.numel() >= cuda_index_logits.MIN_POSITIONS
+    wants_cuda = is_large if backend in ("auto", "deepgemm") else backend == "cuda"
+    if wants_cuda and cuda_index_logits.can_take(*tensors, scores_BC, page_size, layout):
+        cuda_index_logits.launch(*tensors, lengths_B, scores_BC, page_size, rounds_queries)
+        return
     launch(None, *tensors, lengths_B, scores_BC, page_size, layout, rounds_queries)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tidepool.common.layouts import IndexLayout
-from tidepool.kernels import deepgemm, index_choice
+from tidepool.kernels import cuda_index_logits, deepgemm, index_choice
 from tidepool.kernels.index_logits import index_logits
 from tidepool.kernels.index_scores import IndexScores
 from tidepool.kernels.store_index_keys import store_index_keys
@@ -102,8 +102,13 @@ def relative_error(have: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("rounds", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_scores_are_the_references(case: Case, rounds: bool) -> None:
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [*((case, "cuda") for case in CASES), *((case, "triton") for case in CASES[:3])],
+    ids=str,
+)
+def test_scores_are_the_references(case: Case, backend: index_choice.Backend, rounds: bool) -> None:
+    index_choice.use(backend, "auto", torch.device("cuda"))
     inputs = inputs_of(case)
     want = torch.full((len(case.lengths), case.columns), 7.0)
     have = torch.full((len(case.lengths) + 2, case.columns), 7.0, device="cuda")
@@ -116,6 +121,18 @@ def test_scores_are_the_references(case: Case, rounds: bool) -> None:
     other = torch.empty_like(want)
     index_logits(*on_cpu, other, *rest, rounds_queries=not rounds)
     assert relative_error(other, want) > 5e-3
+
+
+def test_the_cuda_kernel_gives_the_same_bits_each_time() -> None:
+    case = Case(lengths=many(40, 5000), columns=5003)
+    arguments = inputs_of(case).on_gpu()
+    assert cuda_index_logits.can_take(*arguments[:4], torch.empty(40, 9).cuda(), 64, "index_k")
+    want = torch.empty(40, 5003, device="cuda")
+    cuda_index_logits.launch(*arguments, want, 64, False)
+    for _ in range(3):
+        have = torch.full_like(want, 7.0)
+        cuda_index_logits.launch(*arguments, have, 64, False)
+        assert torch.equal(have, want)
 
 
 def test_zero_queries_score_zero_and_a_row_of_no_length_is_hidden() -> None:

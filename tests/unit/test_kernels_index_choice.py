@@ -101,7 +101,7 @@ def test_a_step_scores_into_its_own_buffer() -> None:
     assert (buffer[1, 7:] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("backend", ["triton", "deepgemm"])
+@pytest.mark.parametrize("backend", ["cuda", "triton", "deepgemm"])
 def test_a_gpu_kernel_on_a_cpu_node_is_refused_by_name(backend: str) -> None:
     model = {"path": "/nowhere", "device": "cpu"}
     config = parse({"model": model, "kernels": {"index_logits": backend}})
@@ -115,7 +115,7 @@ def test_the_faster_kernel_by_the_table_scores_rounded_queries() -> None:
     assert not any(index_choice.wants_deepgemm(int(batch)) for batch in measured["us"])
     index_choice.use("auto", "fp8", CPU)
     for batch, times in measured["us"].items():
-        is_faster = times["deepgemm"] < times["triton"]
+        is_faster = times["deepgemm"] == min(times.values())
         assert index_choice.wants_deepgemm(int(batch)) == is_faster
     assert index_choice.wants_deepgemm(500) and not index_choice.wants_deepgemm(0)
 
