@@ -39,7 +39,7 @@ from .events import (
     ExportRequest,
     ExportUnquarantined,
 )
-from .jobs import PageSource
+from .outbound_chunks import Chunk, ChunkState
 from .outbound_events import (
     Action,
     CancelRequested,
@@ -51,13 +51,11 @@ from .outbound_events import (
     PeerUp,
     Post,
     Send,
-    StartWrite,
     StopWrites,
     TargetFenced,
     Tick,
     WriteEnded,
 )
-from .pages import LayerSpan
 from .transport import TicketStatus
 
 
@@ -72,26 +70,6 @@ class OutboundState(enum.Enum):
     CLOSED = "closed"
 
 
-class _ChunkState(enum.Enum):
-    WAITING = "waiting for a grant"
-    WRITING = "being written"
-    SENT = "written, not acknowledged"
-    ACKED = "verified"
-
-
-@dataclass(slots=True)
-class _Chunk:
-    sequence: int
-    first_page: int
-    source_pages: tuple[int, ...]
-    layers: LayerSpan
-    source: PageSource | None
-    state: _ChunkState = _ChunkState.WAITING
-    tries: int = 0
-    checksums: tuple[int, ...] = ()
-    sent_s: float = 0.0
-
-
 @dataclass(slots=True)
 class Outbound:
     """See the module. `advance` is the only way to change it."""
@@ -104,7 +82,7 @@ class Outbound:
     num_leased_pages: int = 0
     num_pages: int = 0
     """Pages given by pages_ready so far."""
-    chunks: list[_Chunk] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     num_in_flight: int = 0
     has_unknown: bool = False
     is_shared: bool = False
@@ -187,7 +165,7 @@ class Outbound:
         self.num_pages += len(event.source_pages)
         for layers in event.pieces:
             self.chunks.append(
-                _Chunk(len(self.chunks), event.first_page, event.source_pages, layers, event.source)
+                Chunk(len(self.chunks), event.first_page, event.source_pages, layers, event.source)
             )
 
     def _on_pages(self, event: PagesReady) -> None:
@@ -199,24 +177,13 @@ class Outbound:
             self._fail(f"{self.num_pages} pages do not fit a lease of {self.num_leased_pages}")
             return
         for chunk in self.chunks:
-            if chunk.state is _ChunkState.WAITING:
+            if chunk.state is ChunkState.WAITING:
                 self.state = OutboundState.STREAMING
                 self._write(chunk)
 
-    def _write(self, chunk: _Chunk) -> None:
-        chunk.state = _ChunkState.WRITING
-        chunk.tries += 1
+    def _write(self, chunk: Chunk) -> None:
         self.num_in_flight += 1
-        self._actions.append(
-            StartWrite(
-                chunk.sequence,
-                chunk.tries,
-                chunk.first_page,
-                chunk.source_pages,
-                chunk.layers,
-                chunk.source,
-            )
-        )
+        self._actions.append(chunk.start_write())
 
     def _on_write_ended(self, event: WriteEnded) -> None:
         self.num_in_flight -= 1
@@ -225,34 +192,22 @@ class Outbound:
             self.has_unknown |= event.result.status is TicketStatus.FAILED_UNKNOWN
             self._fail(event.result.reason or event.result.status.value)
             return
-        chunk.state = _ChunkState.SENT
+        chunk.state = ChunkState.SENT
         chunk.checksums = event.result.checksums
         self._send_chunk(chunk)
         self._commit_if_written()
 
-    def _send_chunk(self, chunk: _Chunk) -> None:
-        chunk.sent_s = self.clock.now()
-        self._send(
-            wire.Chunk(
-                lease_id=self.lease_id,
-                sequence=chunk.sequence,
-                tries=chunk.tries,
-                first_page=chunk.first_page,
-                num_pages=len(chunk.source_pages),
-                first_layer=chunk.layers.first,
-                num_layers=chunk.layers.num_layers,
-                checksums=chunk.checksums,
-            )
-        )
+    def _send_chunk(self, chunk: Chunk) -> None:
+        self._send(chunk.announcement(self.lease_id, self.clock.now()))
 
     def _on_chunk_ack(self, ack: wire.ChunkAck) -> None:
         if not 0 <= ack.sequence < len(self.chunks):
             raise ProtocolError(f"{self.request.key}: no chunk {ack.sequence}")
         chunk = self.chunks[ack.sequence]
-        if chunk.state is not _ChunkState.SENT or ack.tries != chunk.tries:
+        if chunk.state is not ChunkState.SENT or ack.tries != chunk.tries:
             return  # a duplicate
         if ack.ok:
-            chunk.state = _ChunkState.ACKED
+            chunk.state = ChunkState.ACKED
         elif chunk.tries < self.config.max_chunk_tries:
             self._write(chunk)
         else:
@@ -272,9 +227,7 @@ class Outbound:
     def _commit_if_written(self) -> None:
         if self.state is not OutboundState.STREAMING or self._commit is None:
             return
-        unwritten = (_ChunkState.WAITING, _ChunkState.WRITING)
-        # A chunk being written again was announced before; Commit need not wait for it.
-        if all(chunk.state not in unwritten or chunk.tries > 1 for chunk in self.chunks):
+        if all(chunk.was_announced for chunk in self.chunks):
             self.state = OutboundState.COMMITTED
             self._send_commit()
 
@@ -414,7 +367,7 @@ class Outbound:
         elif self.state in (OutboundState.STREAMING, OutboundState.COMMITTED):
             for chunk in self.chunks:
                 is_old = now_s - chunk.sent_s >= self.config.resend_interval_s
-                if chunk.state is _ChunkState.SENT and is_old:
+                if chunk.state is ChunkState.SENT and is_old:
                     self._send_chunk(chunk)
             if self.state is OutboundState.COMMITTED:
                 self._send_commit()

@@ -69,7 +69,8 @@ class Writer:
         """A proven death ends the leases of that incarnation, if nothing else can."""
         process.kill()
         process.wait(10.0)
-        if self.decode.is_shared:
+        if self.decode.is_shared:  # as a Fence of the front: no offer of its comes behind it
+            self.decode.control.fence(self.node_id, epoch)
             self.decode.importer.fence(self.node_id, epoch)
 
     def end(self) -> None:
@@ -101,7 +102,7 @@ class Decode:
             make_region(kv, "kv", LAYERS, NUM_PAGES, PAGE_BYTES),
             make_region(index, "index", LAYERS, NUM_PAGES, INDEX_BYTES),
         )
-        self.transport = make_tcp("127.0.0.1", 2)
+        self.transport = make_tcp("127.0.0.1", 1 if self.is_shared else 2)
         for memory in self.memories.values():
             self.transport.register(memory.address, memory.num_bytes)
         self.control = ControlLoop(

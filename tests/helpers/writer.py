@@ -82,7 +82,8 @@ def main() -> None:
         make_region(kv, "kv", LAYERS, PAGES, PAGE_BYTES),
         make_region(index, "index", LAYERS, PAGES, INDEX_BYTES),
     )
-    transport = RoutedTransport(make_tcp("127.0.0.1", 2), MemoryTransport(copy_slowly))
+    num_engines = 1 if "shared" in sys.argv else 2
+    transport = RoutedTransport(make_tcp("127.0.0.1", num_engines), MemoryTransport(copy_slowly))
     for memory in (kv, index):
         transport.register(memory.address, memory.num_bytes)
     control = ControlLoop(node_id, "prefill", epoch, layout_hash="x", config=config())
