@@ -16,12 +16,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tidepool.kernels import attention
+from tidepool.kernels import attention, flashmla
 from tidepool.kernels.attention_table import TABLE
 from tidepool.kernels.index_logits import index_logits
 from tidepool.kernels.select_topk import select_topk
@@ -30,15 +31,18 @@ from tidepool.kernels.store_rows import store_rows
 
 TOPK = 2048
 L2_BYTES = 60 << 20
+ROW_BLOCK = 1 << 16
+"""Rows that are drawn; a pool repeats them."""
 REPLAYS = 40
-Call = Callable[[], None]
+Call = Callable[[], object]
 
 SELECT_SHAPES = ((1, 65536), (8, 65536), (32, 65536), (64, 65536), (256, 32768), (32, 131072))
+MLA_BATCHES = (1, 8, 32, 34, 40, 48, 64, 67, 80, 96, 112, 128, 133, 160, 256)
 MLA_POINTS = tuple(
     (layout, heads, batch)
     for layout in ("mla_bf16", "mla_fp8")
     for heads in (8, 16, 32, 64, 128)
-    for batch in ((1, 8, 32, 64, 128, 256) if heads >= 64 else (1, 8, 32, 128))
+    for batch in (MLA_BATCHES if heads >= 64 else (1, 8, 32, 128))
 )
 DEEPGEMM_US = {
     (1, 65536): 5.1,
@@ -135,23 +139,22 @@ def bench_logits(batch: int, columns: int) -> dict[str, float]:
 def mla_sets(
     batch: int, heads: int = 128, layout: str = "mla_bf16"
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor, float, str, Tensor]]:
-    """Argument lists of sparse_mla: 2048 of each request's own 4352 rows, a pool a set."""
+    """Argument lists of sparse_mla: 2048 of each request's own 4352 rows; queries as the model has them."""
     row_bytes = 1152 if layout == "mla_bf16" else 656
-    num_rows = batch * 4352
     count = max(3, min(16, -(-3 * L2_BYTES // (batch * TOPK * row_bytes))))
+    block = torch.empty(ROW_BLOCK, row_bytes, dtype=torch.uint8, device="cuda")
+    values = torch.randn(ROW_BLOCK, 576, device="cuda")
+    slots = torch.arange(ROW_BLOCK, device="cuda")
+    store_rows(values[:, :512], values[:, 512:], slots, block, layout)
+    rows = block.repeat(-(-count * batch * 4352 // ROW_BLOCK), 1)
     sets = []
-    for _ in range(count):
-        rows = torch.empty(num_rows, row_bytes, dtype=torch.uint8, device="cuda")
-        values = torch.randn(num_rows, 576, device="cuda")
-        slots = torch.arange(num_rows, device="cuda")
-        store_rows(values[:, :512], values[:, 512:], slots, rows, layout)
+    for number in range(count):
         picks = torch.rand(batch, 4352, device="cuda").topk(TOPK, 1).indices
-        idx = (picks + 4352 * torch.arange(batch, device="cuda")[:, None]).int()
+        first = 4352 * (number * batch + torch.arange(batch, device="cuda"))
+        idx = (picks + first[:, None]).int()
         q = torch.randn(batch, heads, 576, device="cuda").bfloat16()
         out = torch.empty(batch, heads, 512, dtype=torch.bfloat16, device="cuda")
-        sets.append(
-            (q[..., :512].contiguous(), q[..., 512:].contiguous(), rows, idx, 0.05, layout, out)
-        )
+        sets.append((q[..., :512], q[..., 512:], rows, idx, 0.05, layout, out))
     return sets
 
 
@@ -162,43 +165,28 @@ def backends_of(arguments: tuple[object, ...]) -> list[str]:
     return [name for name in names if attention.CAN_TAKE[name](*tensors)]
 
 
+def attend_by(name: str) -> Callable[..., Tensor | None]:
+    """A backend as the op's `attend` calls it: FlashMLA's result stays where its wheel put it."""
+    return flashmla.attend if name == "flashmla_sparse" else attention.LAUNCH[name]
+
+
 def bench_mla(batch: int, heads: int, layout: str) -> dict[str, float]:
-    """Microseconds of each backend, and of the op, which chooses; results are compared."""
+    """Microseconds of each backend, and of the automatic choice; results are compared."""
     sets = mla_sets(batch, heads, layout)
     result: dict[str, float] = {}
     reference = None
     for name in backends_of(sets[0]):
-        launch = attention.LAUNCH[name]
-        us, _ = time_us([lambda s=s, launch=launch: launch(*s) for s in sets], 15)  # type: ignore[misc]
-        result[name] = us
+        given = 6 if name == "flashmla_sparse" else 7
+        calls = [partial(attend_by(name), *s[:given]) for s in sets]
+        result[name], _ = time_us(calls, 15)
+        attention.LAUNCH[name](*sets[0])
         out = sets[0][-1].float()
         reference = out if reference is None else reference
         error = float((out - reference).norm() / reference.norm())
         if not error < 1e-2:
             raise SystemExit(f"sparse_mla: {name} differs from the first by {error}")
-    if layout == "mla_bf16" and "flashmla_sparse" in result:
-        result["flashmla alone"] = flashmla_alone(sets)
+    result["auto"], _ = time_us([partial(attention.attend, *s[:6]) for s in sets], 15)
     return result
-
-
-def flashmla_alone(sets: list[tuple[Tensor, Tensor, Tensor, Tensor, float, str, Tensor]]) -> float:
-    """Its kernel on queries that lie together, without the copy of its result to ours."""
-    import flash_mla  # noqa: PLC0415
-
-    calls = [
-        (torch.cat(s[:2], -1), s[2].view(torch.bfloat16).view(-1, 1, 576), s[3][:, None])
-        for s in sets
-    ]
-    us, _ = time_us(
-        [
-            lambda c=c: flash_mla.flash_mla_sparse_fwd(  # type: ignore[misc]
-                *c, 0.05, 512, use_legacy=True, return_log2_lse=False
-            )
-            for c in calls
-        ],
-        15,
-    )
-    return us
 
 
 def write_table(results: dict[str, dict[str, float]], commit: str) -> None:
@@ -254,10 +242,27 @@ def bench_prefill(context: int, layout: str) -> dict[str, float]:
     return result
 
 
+def benches() -> dict[str, Callable[[], dict[str, float]]]:
+    """What there is to measure, by name."""
+    found: dict[str, Callable[[], dict[str, float]]] = {}
+    for batch, columns in SELECT_SHAPES:
+        found[f"select_topk {batch} x {columns}"] = partial(bench_select, batch, columns)
+    found["select_topk 4 x 1048576"] = bench_select_1m
+    for layout, heads, batch in MLA_POINTS:
+        found[mla_name(layout, heads, batch)] = partial(bench_mla, batch, heads, layout)
+    for context in (2048, 16384, 65536):
+        for layout in ("mla_bf16", "mla_fp8"):
+            found[f"prefill {layout} context {context}"] = partial(bench_prefill, context, layout)
+    for batch, columns in SELECT_SHAPES:
+        found[f"index_logits {batch} x {columns}"] = partial(bench_logits, batch, columns)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", action="store_true", help="write the kernels' table")
+    parser.add_argument("--only", default="", help="names that begin so")
     parser.add_argument("--commit", default="unknown", help="what to write as the commit")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -269,16 +274,9 @@ def main() -> None:
         print(f"{name:44s} {figures}", flush=True)
         torch.cuda.empty_cache()
 
-    for batch, columns in SELECT_SHAPES:
-        add(f"select_topk {batch} x {columns}", bench_select(batch, columns))
-    add("select_topk 4 x 1048576", bench_select_1m())
-    for layout, heads, batch in MLA_POINTS:
-        add(mla_name(layout, heads, batch), bench_mla(batch, heads, layout))
-    for context in (2048, 16384, 65536):
-        for layout in ("mla_bf16", "mla_fp8"):
-            add(f"prefill {layout} context {context}", bench_prefill(context, layout))
-    for batch, columns in SELECT_SHAPES:
-        add(f"index_logits {batch} x {columns}", bench_logits(batch, columns))
+    for name, bench in benches().items():
+        if name.startswith(arguments.only):
+            add(name, bench())
     if arguments.table:
         write_table(results, arguments.commit)
     if arguments.json:

@@ -17,7 +17,7 @@ from ..hostpool.index_pool import IndexPool
 from ..hostpool.pool import HostPool
 from ..kernels.index_scores import IndexScores
 from ..kernels.select_topk import select_topk
-from ..kernels.sparse_mla import sparse_mla
+from ..kernels.sparse_mla import attend
 from ..kernels.store_index_keys import store_index_keys
 from ..kernels.store_rows import store_rows
 from .hot_cache import HotCache
@@ -93,17 +93,9 @@ class DecodeContext:
 
     def attend(self, layer: int, q_latent_THC: Tensor, q_rope_THR: Tensor, scale: float) -> Tensor:
         hot_idx_BK = self._cache.hot_idx(layer, q_latent_THC.shape[0])
-        out_THC = torch.empty_like(q_latent_THC)
-        sparse_mla(
-            q_latent_THC,
-            q_rope_THR,
-            self._cache.rows[layer],
-            hot_idx_BK,
-            scale,
-            self._layout.name,
-            out_THC,
+        return attend(
+            q_latent_THC, q_rope_THR, self._cache.rows[layer], hot_idx_BK, scale, self._layout.name
         )
-        return out_THC
 
     def _select(self, index_layer: int, query_BID: Tensor, weight_BI: Tensor) -> None:
         """Writes `topk_idx_BK`."""

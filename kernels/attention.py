@@ -61,13 +61,42 @@ def sparse_mla(
 ) -> None:
     """tidepool::sparse_mla on CUDA; arguments of kernels/sparse_mla.py."""
     tensors = (q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK)
-    backend = _chosen if row_idx_BK.numel() and rows_NX.shape[0] else "triton"
+    LAUNCH[backend_for(*tensors, layout, out_BHC)](*tensors, scale, layout, out_BHC)
+
+
+def attend(
+    q_latent_BHC: Tensor,
+    q_rope_BHR: Tensor,
+    rows_NX: Tensor,
+    row_idx_BK: Tensor,
+    scale: float,
+    layout: str,
+) -> Tensor:
+    """The same into a new tensor: the one that FlashMLA's wheel allocates, where it is chosen."""
+    tensors = (q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK)
+    if backend_for(*tensors, layout, q_latent_BHC) == "flashmla_sparse":
+        return flashmla.attend(*tensors, scale, layout)
+    out_BHC = torch.empty_like(q_latent_BHC)
+    sparse_mla(*tensors, scale, layout, out_BHC)
+    return out_BHC
+
+
+def backend_for(
+    q_latent_BHC: Tensor,
+    q_rope_BHR: Tensor,
+    rows_NX: Tensor,
+    row_idx_BK: Tensor,
+    layout: str,
+    out_BHC: Tensor,
+) -> Backend:
+    """What takes the call."""
+    tensors = (q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK)
+    backend: Backend = _chosen if row_idx_BK.numel() and rows_NX.shape[0] else "triton"
     if backend == "auto" or not CAN_TAKE.get(backend, _always)(*tensors, layout, out_BHC):
         ranked = ranking(layout, q_latent_BHC.shape[1], q_latent_BHC.shape[0])
-        backend = next(
-            (name for name in ranked if CAN_TAKE[name](*tensors, layout, out_BHC)), "triton"
-        )
-    LAUNCH[backend](*tensors, scale, layout, out_BHC)
+        takes = (name for name in ranked if CAN_TAKE[name](*tensors, layout, out_BHC))
+        backend = next(takes, "triton")
+    return backend
 
 
 def _always(*_: Any) -> bool:

@@ -11,17 +11,18 @@ from importlib import import_module
 from typing import Any
 
 
-def _later(module: str, name: str) -> Callable[..., None]:
-    found: list[Callable[..., None]] = []
+def _later(module: str, name: str) -> Callable[..., Any]:
+    found: list[Callable[..., Any]] = []
 
-    def call(*args: Any) -> None:
+    def call(*args: Any) -> Any:
         if not found:
             found.append(getattr(import_module(f".{module}", __package__), name))
-        found[0](*args)
+        return found[0](*args)
 
     return call
 
 
+attend = _later("attention", "attend")
 add_rms_norm = _later("triton_norms", "add_rms_norm")
 begin_step = _later("triton_begin_step", "begin_step")
 best_tokens = _later("triton_sample_tokens", "best_tokens")
@@ -34,6 +35,7 @@ index_logits_chunk = _later("triton_index_logits_chunk", "index_logits_chunk")
 layer_norm = _later("triton_norms", "layer_norm")
 rms_norm = _later("triton_norms", "rms_norm")
 rotate = _later("triton_rotate", "rotate")
+rotate_into = _later("triton_rotate", "rotate_into")
 route_experts = _later("triton_route_experts", "route_experts")
 routed_experts = _later("triton_routed_experts", "routed_experts")
 select_topk = _later("cuda_select_topk", "select_topk")

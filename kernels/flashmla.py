@@ -3,7 +3,7 @@
 Called by attention.py on torch's current stream. bf16 rows go to its sparse prefill kernel, one
 query a token; FP8 rows (its 656-byte layout is ours) to its decode kernel, which splits rows. No
 synchronisation. The wheel allocates its result from torch's caching allocator (inside a captured
-graph: from the graph's pool, fixed), and it is copied to `out`; queries that are not the two ends of
+graph: from the graph's pool, fixed): `attend` returns it, `launch` copies it; queries that are not the two ends of
 one [B, H, 576] tensor are joined first. The decode kernel's schedule depends on the shapes alone: made
 at the first call of a shape, on the device, and kept; one that is first seen during a capture is made
 again at each replay.
@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,17 +77,28 @@ def launch(
     out_BHC: Tensor,
 ) -> None:
     """tidepool::sparse_mla for what `can_take` takes."""
+    out_BHC.copy_(attend(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout))
+
+
+def attend(
+    q_latent_BHC: Tensor,
+    q_rope_BHR: Tensor,
+    rows_NX: Tensor,
+    row_idx_BK: Tensor,
+    scale: float,
+    layout: str,
+) -> Tensor:
+    """The same, as the wheel's own tensor."""
     module = import_module("flash_mla")
     q_BHX = _joined(q_latent_BHC, q_rope_BHR)
     if layout == "mla_bf16":
         rows = rows_NX.view(torch.bfloat16).view(-1, 1, _ROW_VALUES)
-        out, _, _ = module.flash_mla_sparse_fwd(
+        out_BHC, _, _ = module.flash_mla_sparse_fwd(
             q_BHX, rows, row_idx_BK[:, None], scale, LATENT, use_legacy=True, return_log2_lse=False
         )
-        out_BHC.copy_(out)
-        return
+        return cast(Tensor, out_BHC)
     schedule = _schedule(q_BHX, row_idx_BK.shape[1])
-    out, _ = module.flash_mla_with_kvcache(
+    out_B1HC, _ = module.flash_mla_with_kvcache(
         q_BHX[:, None],
         rows_NX.view(-1, _FP8_PAGE, 1, _FP8_ROW_BYTES),
         None,
@@ -99,7 +110,7 @@ def launch(
         indices=row_idx_BK[:, None],
         use_legacy=True,
     )
-    out_BHC.copy_(out[:, 0])
+    return cast(Tensor, out_B1HC[:, 0])
 
 
 def _joined(q_latent_BHC: Tensor, q_rope_BHR: Tensor) -> Tensor:

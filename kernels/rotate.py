@@ -1,4 +1,4 @@
-"""Rotation of queries and keys by their positions, in place.
+"""Rotation of queries and keys by their positions, in place or into another tensor.
 
 Suffixes: T tokens, H heads, R rope width, F = R / 2.
 """
@@ -27,6 +27,18 @@ def rotate(x_THR: Tensor, cos_TF: Tensor, sin_TF: Tensor, is_interleaved: bool) 
     _op(x_THR, cos_TF, sin_TF, is_interleaved)
 
 
+def rotate_into(
+    x_THR: Tensor, cos_TF: Tensor, sin_TF: Tensor, is_interleaved: bool, out_THR: Tensor
+) -> None:
+    """As `rotate`, but written to `out_THR`, of the dtype of `x_THR`, which is left as it is."""
+    arguments = Arguments("rotate_into", R=2 * cos_TF.shape[-1])
+    arguments.check("x_THR", x_THR, FLOATS, "T", "H", "R")
+    arguments.check("cos_TF", cos_TF, FLOAT32, "T", "F")
+    arguments.check("sin_TF", sin_TF, FLOAT32, "T", "F")
+    arguments.check("out_THR", out_THR, (x_THR.dtype,), "T", "H", "R")
+    _into_op(x_THR, cos_TF, sin_TF, is_interleaved, out_THR)
+
+
 def _rotate(x_THR: Tensor, cos_TF: Tensor, sin_TF: Tensor, is_interleaved: bool) -> None:
     if is_interleaved:
         first, second = x_THR[..., 0::2], x_THR[..., 1::2]
@@ -39,5 +51,14 @@ def _rotate(x_THR: Tensor, cos_TF: Tensor, sin_TF: Tensor, is_interleaved: bool)
     second.copy_(rotated_second)
 
 
+def _rotate_into(
+    x_THR: Tensor, cos_TF: Tensor, sin_TF: Tensor, is_interleaved: bool, out_THR: Tensor
+) -> None:
+    out_THR.copy_(x_THR)
+    _rotate(out_THR, cos_TF, sin_TF, is_interleaved)
+
+
 _op = cpu_op(mutates=("x_THR",))(_rotate)
+_into_op = cpu_op(mutates=("out_THR",))(_rotate_into)
 implement("rotate", cuda.rotate, "CUDA")
+implement("rotate_into", cuda.rotate_into, "CUDA")

@@ -44,14 +44,42 @@ def sparse_mla(
 
     Raises KernelError on mismatching tensors or rows outside [-1, N).
     """
+    arguments = _checked(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, layout)
+    arguments.check("out_BHC", out_BHC, FLOATS, "B", "H", "C")
+    _op(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout, out_BHC)
+
+
+def attend(
+    q_latent_BHC: Tensor,
+    q_rope_BHR: Tensor,
+    rows_NX: Tensor,
+    row_idx_BK: Tensor,
+    scale: float,
+    layout: str,
+) -> Tensor:
+    """`sparse_mla` into a new tensor [B, H, C] of the dtype of `q_latent_BHC`, in any order of memory.
+
+    For callers that need no tensor of their own: a backend that allocates its result hands that over.
+    """
+    if q_latent_BHC.is_cuda:
+        _checked(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, layout)
+        found: Tensor = cuda.attend(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout)
+        return found
+    out_BHC = torch.empty_like(q_latent_BHC)
+    sparse_mla(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout, out_BHC)
+    return out_BHC
+
+
+def _checked(
+    q_latent_BHC: Tensor, q_rope_BHR: Tensor, rows_NX: Tensor, row_idx_BK: Tensor, layout: str
+) -> Arguments:
     row = row_layout(layout, q_latent_BHC.shape[-1], q_rope_BHR.shape[-1])
     arguments = Arguments("sparse_mla")
     arguments.check("q_latent_BHC", q_latent_BHC, FLOATS, "B", "H", "C")
     arguments.check("q_rope_BHR", q_rope_BHR, FLOATS, "B", "H", "R")
     arguments.check("rows_NX", rows_NX, BYTES, None, row.row_bytes)
     arguments.check("row_idx_BK", row_idx_BK, INT32, "B", None)
-    arguments.check("out_BHC", out_BHC, FLOATS, "B", "H", "C")
-    _op(q_latent_BHC, q_rope_BHR, rows_NX, row_idx_BK, scale, layout, out_BHC)
+    return arguments
 
 
 def _sparse_mla(

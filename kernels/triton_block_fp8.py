@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .cuda_library import num_processors
 
@@ -29,6 +30,8 @@ _MIN_TORCH_TOKENS = 129
 _TORCH_ALIGN = 8
 _MIN_SPLIT_Q = 4
 """Blocks of I that a split is worth."""
+_MIN_SAVED_Q = 16
+"""Blocks of I that a program must be spared before a sum is split: adding up is a launch more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +43,42 @@ class Tiles:
     num_warps: int
     num_stages: int
     num_splits: int = 1
+    is_swapped: bool = False
+    """The weight is the left factor."""
 
 
 @triton.jit
 def scaled_fp8(value_RN):
     """(values / scale as e4m3, scale float32 [R]); the largest magnitude of a row becomes 448."""
     amax_R = tl.max(tl.abs(value_RN), 1)
-    # Divisions that round as the reference's do; `/` is off by an ulp, which moves ties.
+    # Rounds as the reference's division does; `/` is off by an ulp, which moves ties. div_rn of every
+    # value is slow, and five times slower where values are 0, as in rows of padding.
     scale_R = tl.div_rn(tl.maximum(amax_R, 1e-4), tl.full(amax_R.shape, 448.0, tl.float32))
+    inverse_R = tl.div_rn(tl.full(amax_R.shape, 1.0, tl.float32), scale_R)
     scale_RN = tl.broadcast_to(scale_R[:, None], value_RN.shape)
+    inverse_RN = tl.broadcast_to(inverse_R[:, None], value_RN.shape)
+    quotient_RN = value_RN * inverse_RN
+    rest_RN = tl.fma(-quotient_RN, scale_RN, value_RN)
+    quotient_RN = tl.fma(rest_RN, inverse_RN, quotient_RN)
     # Not clamped: rounding cannot leave the range, and a clamp would lose a NaN.
-    return tl.div_rn(value_RN, scale_RN).to(tl.float8e4nv), scale_R
+    return quotient_RN.to(tl.float8e4nv), scale_R
 
 
 @triton.jit(do_not_specialize=["scale_stride_t", "scale_stride_q", "num_tokens"])
 def _quantize_kernel(
-    x, out, scale, x_stride, scale_stride_t, scale_stride_q, num_tokens, num_i, ROWS: tl.constexpr
+    x,
+    out,
+    scale,
+    x_stride,
+    scale_stride_t,
+    scale_stride_q,
+    num_tokens,
+    num_i,
+    ROWS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
+    if IS_OVERLAPPED:
+        gdc_launch_dependents()
     r_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     q = tl.program_id(1)
     i_I = q * 128 + tl.arange(0, 128)
@@ -84,8 +106,14 @@ def _linear_kernel(
     split_q,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    IS_SWAPPED: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
-    """One tile, or its sum over `split_q` blocks of I; neighbours share a stretch of the weight."""
+    """One tile, or its sum over `split_q` blocks of I; neighbours share a stretch of the weight.
+
+    IS_SWAPPED: the weight is the left factor, so that few tokens fill the tensor cores' narrow side.
+    IS_OVERLAPPED: is launched beside the quantisation, and waits for it.
+    """
     tile = tl.program_id(0) // row_tiles
     r_R = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     is_row_R = r_R < num_tokens
@@ -96,16 +124,35 @@ def _linear_kernel(
     x_RK = x + row_R[:, None] * num_k + k_K[None, :]
     weight_NK = weight + n_N[:, None].to(tl.int64) * num_k + k_K[None, :]
     weight_scale += tile * COLUMNS // 128 * num_q
-    sum_RN = tl.zeros((ROWS, COLUMNS), tl.float32)
     first = tl.program_id(1) * split_q
+    if IS_OVERLAPPED:
+        gdc_wait()
+    if IS_SWAPPED:
+        sum_RN = tl.zeros((COLUMNS, ROWS), tl.float32)
+    else:
+        sum_RN = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # Scales are loaded a block ahead: only what a product reads is loaded further ahead by itself.
+    x_scale_R = x_scale + row_R * num_q
+    scale_R = tl.load(x_scale_R + first, mask=is_row_R, other=0.0)
+    block_scale = tl.load(weight_scale + first)
     for q in range(first, tl.minimum(first + split_q, num_q)):
         k = q * 128
+        behind = tl.minimum(q + 1, num_q - 1)
+        next_scale_R = tl.load(x_scale_R + behind, mask=is_row_R, other=0.0)
+        next_block_scale = tl.load(weight_scale + behind)
         is_in_K = k + k_K < num_k
         a_RK = tl.load(x_RK + k, mask=is_row_R[:, None] & is_in_K[None, :], other=0.0)
         w_NK = tl.load(weight_NK + k, mask=(n_N < num_n)[:, None] & is_in_K[None, :], other=0.0)
-        scale_R = tl.load(x_scale + row_R * num_q + q, mask=is_row_R, other=0.0)
-        scale_R *= tl.load(weight_scale + q)
-        sum_RN += tl.dot(a_RK, tl.trans(w_NK)) * scale_R[:, None]
+        scale_R *= block_scale
+        if IS_SWAPPED:
+            sum_RN += tl.dot(w_NK, tl.trans(a_RK)) * scale_R[None, :]
+        else:
+            sum_RN += tl.dot(a_RK, tl.trans(w_NK)) * scale_R[:, None]
+        scale_R, block_scale = next_scale_R, next_block_scale
+    if IS_OVERLAPPED:
+        gdc_launch_dependents()
+    if IS_SWAPPED:
+        sum_RN = tl.trans(sum_RN)
     out += tl.program_id(1).to(tl.int64) * part_stride
     tl.store(
         out + row_R[:, None] * out_stride + n_N[None, :],
@@ -116,15 +163,34 @@ def _linear_kernel(
 
 @triton.jit(do_not_specialize=["part_stride"])
 def _join_kernel(
-    parts, out, num_n, out_stride, part_stride, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    parts,
+    out,
+    num_n,
+    out_stride,
+    part_stride,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """Adds up the splits of a token, in order."""
+    if IS_OVERLAPPED:
+        gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     n_N = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sum_N = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(SPLITS):
         sum_N += tl.load(parts + split * part_stride + t * num_n + n_N, mask=n_N < num_n, other=0.0)
     tl.store(out + t * out_stride + n_N, sum_N.to(out.dtype.element_ty), mask=n_N < num_n)
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a launch may start before the one it waits for has ended (from sm_90 on).
+
+    A product is launched so behind its own quantisation, which was launched the plain way: nothing
+    else can still be running. It waits before it reads.
+    """
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def quantize_rows(x_TI: Tensor, *, align: int = 0) -> tuple[Tensor, Tensor]:
@@ -145,7 +211,15 @@ def quantize_rows(x_TI: Tensor, *, align: int = 0) -> tuple[Tensor, Tensor]:
         scale = scale.t()
     rows = 1 if num_tokens == 1 else 16
     _quantize_kernel[(triton.cdiv(num_tokens, rows), num_q)](
-        x_TI, out, scale, x_TI.stride(0), *scale.stride(), num_tokens, width, ROWS=rows
+        x_TI,
+        out,
+        scale,
+        x_TI.stride(0),
+        *scale.stride(),
+        num_tokens,
+        width,
+        ROWS=rows,
+        IS_OVERLAPPED=can_overlap(device),
     )
     return out, scale
 
@@ -210,6 +284,11 @@ def launch(
     row_tiles = triton.cdiv(num_tokens, tiles.rows)
     split_q = triton.cdiv(num_q, tiles.num_splits)
     num_splits = triton.cdiv(num_q, split_q)
+    overlap = (
+        {"IS_OVERLAPPED": True, "launch_pdl": True}
+        if can_overlap(x.device)
+        else {"IS_OVERLAPPED": False}
+    )
     target = out_TO
     if num_splits > 1:
         shape = (num_splits, num_tokens, num_n)
@@ -229,6 +308,8 @@ def launch(
         split_q,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
+        IS_SWAPPED=tiles.is_swapped,
+        **overlap,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -241,6 +322,7 @@ def launch(
             num_tokens * num_n,
             SPLITS=num_splits,
             BLOCK=_JOIN_BLOCK,
+            **overlap,
         )
 
 
@@ -252,4 +334,8 @@ def choose_tiles(num_tokens: int, num_n: int, num_q: int, num_processors: int) -
     row_tiles = triton.cdiv(num_tokens, rows)
     programs = row_tiles * triton.cdiv(num_n, 64)
     num_splits = max(1, min(2 * num_processors // programs, num_q // _MIN_SPLIT_Q))
-    return Tiles(rows, 64, 4, 4, num_splits)
+    if num_q - num_q // num_splits < _MIN_SAVED_Q:
+        num_splits = 1
+    if rows > 32:
+        return Tiles(rows, 64, 4, 4, num_splits)
+    return Tiles(rows, 64, 4, 6 if num_splits == 1 else 8, num_splits, is_swapped=True)

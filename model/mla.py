@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.rotate import rotate_into
 from .config import ModelConfig
 from .context import AttentionContext
 from .indexer import Indexer
@@ -95,9 +96,14 @@ class LatentAttention:
         num_heads = self.up_key_HNC.shape[0]
         q_TH = linear(q_latent_TQ, self.q_b).unflatten(-1, (num_heads, -1))
         q_nope_THN, q_rope_THR = q_TH[..., : self.nope_dim], q_TH[..., self.nope_dim :]
-        apply_rope_(q_rope_THR, cos_TF, sin_TF, interleaved=True)
-        q_absorbed_HTC = torch.bmm(q_nope_THN.transpose(0, 1), self.up_key_HNC)
-        out_THC = context.attend(self.layer, q_absorbed_HTC.transpose(0, 1), q_rope_THR, self.scale)
+        # The two parts side by side, as FlashMLA takes them.
+        latent_dim, rope_dim = self.up_key_HNC.shape[2], q_rope_THR.shape[2]
+        query_THX = q_TH.new_empty(*q_TH.shape[:2], latent_dim + rope_dim)
+        latent_THC, rope_THR = query_THX.split([latent_dim, rope_dim], -1)
+        rotate_into(q_rope_THR, cos_TF, sin_TF, True, rope_THR)
+        absorbed_HTC = latent_THC.transpose(0, 1)
+        torch.bmm(q_nope_THN.transpose(0, 1), self.up_key_HNC, out=absorbed_HTC)
+        out_THC = context.attend(self.layer, latent_THC, rope_THR, self.scale)
         out_THV = out_THC.new_empty(x_TM.shape[0], *self.up_value_HVC.shape[:2])
         up_value_HCV = self.up_value_HVC.transpose(1, 2)
         torch.bmm(out_THC.transpose(0, 1), up_value_HCV, out=out_THV.transpose(0, 1))

@@ -15,7 +15,7 @@ from ..common.layouts import KvGeometry
 from ..hostpool.device_pool import DevicePool
 from ..kernels.index_logits import index_logits_chunk
 from ..kernels.select_topk import select_topk
-from ..kernels.sparse_mla import sparse_mla
+from ..kernels.sparse_mla import attend
 from ..kernels.store_index_keys import store_index_keys
 from ..kernels.store_rows import store_rows
 
@@ -89,17 +89,14 @@ class PrefillContext:
         self._row_idx_TK = torch.cat(parts)
 
     def attend(self, layer: int, q_latent_THC: Tensor, q_rope_THR: Tensor, scale: float) -> Tensor:
-        out_THC = torch.empty_like(q_latent_THC)
-        sparse_mla(
+        return attend(
             q_latent_THC,
             q_rope_THR,
             self._pool.rows[layer],
             self._row_idx_TK,
             scale,
             self._geometry.row.name,
-            out_THC,
         )
-        return out_THC
 
     def _select_segment(
         self, index_layer: int, number: int, query_TID: Tensor, weight_TI: Tensor

@@ -164,12 +164,26 @@ struct Consumer {
         now[1] = smem.best[group ^ 1][top + 8];
     }
 
-    __device__ __forceinline__ void run(int num_tiles) {
-        for (int t = group; t < num_tiles; t += kGroups) {
+    // Forgets the last token.
+    __device__ __forceinline__ void start() {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            best[r] = kLowest;
+            sum[r] = 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < kHalfColumns / 2; ++i) {
+            acc[i] = 0.0f;
+        }
+    }
+
+    // A token's tiles, the CTA's from `first` to `end`, at least one.
+    __device__ __forceinline__ void run(int first, int end) {
+        for (int t = first + ((first ^ group) & 1); t < end; t += kGroups) {
             float now[2] = {kLowest, kLowest};
             float tile_sum[2] = {0.0f, 0.0f};
             start_logits(t);
-            if (t > 0) {
+            if (t > first) {
                 wait_weighed(t - 1, now);
                 refer_to(now);
                 keep(acc);
@@ -178,7 +192,7 @@ struct Consumer {
             wgmma_wait<0>();
             keep(acc);
             keep(logits);
-            if (t > 0) {
+            if (t > first) {
                 barrier_arrive(&smem.empty[group ^ 1][1]);
             }
             finish_logits(t);
@@ -198,14 +212,15 @@ struct Consumer {
             keep(acc);
             barrier_arrive(&smem.empty[group][0]);
         }
-        if ((num_tiles - 1) % kGroups != group) {
+        if ((end - 1) % kGroups != group) {
             float now[2];
-            wait_weighed(num_tiles - 1, now);
+            wait_weighed(end - 1, now);
             refer_to(now);
             keep(acc);
             start_output_of_other();
             wgmma_wait<0>();
             keep(acc);
+            barrier_arrive(&smem.empty[group ^ 1][1]);
         }
     }
 
@@ -252,8 +267,8 @@ struct Consumer {
         }
     }
 
-    // Writes the result, or the part of one for join_kernel.
-    __device__ __forceinline__ void finish(int b, int split, int head) {
+    // Writes the result, or if `part` is not negative, that part of one for join_kernel.
+    __device__ __forceinline__ void finish(int b, int part, int head) {
         float total[2];
         float factor[2];
         close(total, factor);
@@ -264,7 +279,7 @@ struct Consumer {
                 continue;
             }
             const int column = group * kHalfColumns + lane % 4 * 2;
-            if (p.num_splits == 1) {
+            if (part < 0) {
                 __nv_bfloat16* out = p.out + b * p.out_stride_b + h * p.out_stride_h + column;
 #pragma unroll
                 for (int j = 0; j < kHalfColumns / 8; ++j) {
@@ -273,11 +288,11 @@ struct Consumer {
                 }
                 continue;
             }
-            const int64_t at = (int64_t{b} * p.num_splits + split) * p.num_heads + h;
-            float* part = p.parts + at * kLatent + column;
+            const int64_t at = int64_t{part} * p.num_heads + h;
+            float* values = p.parts + at * kLatent + column;
 #pragma unroll
             for (int j = 0; j < kHalfColumns / 8; ++j) {
-                *reinterpret_cast<float2*>(part + 8 * j) =
+                *reinterpret_cast<float2*>(values + 8 * j) =
                     make_float2(acc[4 * j + 2 * r] * factor[r], acc[4 * j + 2 * r + 1] * factor[r]);
             }
             if (group == 0 && lane % 4 == 0) {

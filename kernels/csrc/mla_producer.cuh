@@ -26,21 +26,43 @@ __device__ __forceinline__ void start_queries(const MlaParams& p, MlaSmem& smem,
     }
 }
 
-// The rows of a CTA's stretch.
-struct RowList {
+// A CTA's selected rows, all of one token.
+struct RowsOfOne {
     const MlaParams& p;
     const int32_t* row_idx;
     int num_left;
 
-    __device__ __forceinline__ int at(int k) const { return k < num_left ? row_idx[k] : -1; }
-    __device__ __forceinline__ bool is_there(int row) const { return row >= 0 && row < p.num_rows; }
-    __device__ __forceinline__ const char* address(int row) const {
-        return p.rows + (is_there(row) ? row * p.row_stride : 0);
+    // Row `r` of the CTA's t-th tile; -1 if it, or the tile, is not there.
+    __device__ __forceinline__ int at(int t, int r) const {
+        const int k = t * kTileRows + r;
+        return k < num_left ? row_idx[k] : -1;
     }
 };
 
-// bf16 rows of the CTA's stretch, tile after tile.
-__device__ __forceinline__ void produce_bf16(MlaSmem& smem, RowList list, int num_tiles) {
+// The same of several tokens. What would take registers is in shared memory.
+struct RowsOfMany {
+    const MlaParams& p;
+    const MlaSmem& smem;
+
+    __device__ __forceinline__ int at(int t, int r) const {
+        const int tile = smem.begin + t;
+        const int b = token_of(p, tile);
+        const int k = (tile - b * p.num_tiles) * kTileRows + r;
+        return tile < smem.end && k < p.num_selected ? p.row_idx[b * p.idx_stride_b + k] : -1;
+    }
+};
+
+__device__ __forceinline__ bool is_there(const MlaParams& p, int row) {
+    return row >= 0 && row < p.num_rows;
+}
+
+__device__ __forceinline__ const char* address(const MlaParams& p, int row) {
+    return p.rows + (is_there(p, row) ? row * p.row_stride : 0);
+}
+
+// Brings the CTA's bf16 rows.
+template <class Rows>
+__device__ __forceinline__ void produce_bf16(MlaSmem& smem, Rows list, int num_tiles) {
     constexpr int kRowsAPass = kProducers / 8;
     constexpr int kPasses = kTileRows / kRowsAPass;
     const int thread = threadIdx.x - kConsumers;
@@ -49,7 +71,7 @@ __device__ __forceinline__ void produce_bf16(MlaSmem& smem, RowList list, int nu
     int next_row[kPasses];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-        next_row[i] = list.at(first + i * kRowsAPass);
+        next_row[i] = list.at(0, first + i * kRowsAPass);
     }
     for (int t = 0; t < num_tiles; ++t) {
         const int group = t % kGroups;
@@ -57,7 +79,7 @@ __device__ __forceinline__ void produce_bf16(MlaSmem& smem, RowList list, int nu
 #pragma unroll
         for (int i = 0; i < kPasses; ++i) {
             row[i] = next_row[i];
-            next_row[i] = list.at((t + 1) * kTileRows + first + i * kRowsAPass);
+            next_row[i] = list.at(t + 1, first + i * kRowsAPass);
         }
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
@@ -68,19 +90,19 @@ __device__ __forceinline__ void produce_bf16(MlaSmem& smem, RowList list, int nu
             const int base = first_panel(group ^ part);
 #pragma unroll
             for (int i = 0; i < kPasses; ++i) {
-                const bool is_there = list.is_there(row[i]);
-                const char* source = list.address(row[i]) + word * 16;
+                const bool has_row = is_there(list.p, row[i]);
+                const char* source = address(list.p, row[i]) + word * 16;
                 const uint32_t target = tile + swizzled(first + i * kRowsAPass, word);
 #pragma unroll
                 for (int j = 0; j < kHalfPanels; ++j) {
                     copy_word(target + (base + j) * kPanelBytes,
-                              source + (base + j) * kPanelRowBytes, is_there);
+                              source + (base + j) * kPanelRowBytes, has_row);
                 }
                 if (part == 0) {
                     copy_word(target + (kPanels - 1) * kPanelBytes,
-                              source + (kPanels - 1) * kPanelRowBytes, is_there);
+                              source + (kPanels - 1) * kPanelRowBytes, has_row);
                     if (word == 0) {
-                        smem.bias[group][first + i * kRowsAPass] = is_there ? 0.0f : kNone;
+                        smem.bias[group][first + i * kRowsAPass] = has_row ? 0.0f : kNone;
                     }
                 }
             }
@@ -139,9 +161,10 @@ __device__ __forceinline__ uint4 load_word(const char* source, bool is_there) {
 // FP8 rows, turned into bf16 on the way, asked into the L2 two tiles ahead (bf16 rows are not: there
 // the L2's own bandwidth is what is short). 4 threads share a row; a part of it is in their registers: a
 // word that was stored makes room for the load of the next part's.
+template <class Rows>
 struct Fp8Producer {
     MlaSmem& smem;
-    RowList list;
+    Rows list;
     int at;       // row of a tile
     int quarter;
     int row;
@@ -185,8 +208,8 @@ struct Fp8Producer {
         const int group = t % kGroups;
         const int half = group ^ kPart;
         const int behind = kPart == 0 ? row : next_row;
-        const bool is_there = list.is_there(behind);
-        const char* source = list.address(behind);
+        const bool has_row = is_there(list.p, behind);
+        const char* source = address(list.p, behind);
         const int half_behind = kPart == 0 ? group ^ 1 : (t + 1) % kGroups;
         const SplitScale by[2] = {SplitScale(scale.x), SplitScale(scale.y)};
         char* tile = smem.tile[group];
@@ -198,16 +221,16 @@ struct Fp8Producer {
             store_word(panel + swizzled(at, quarter), rope[0]);
             store_word(panel + swizzled(at, quarter + 4), rope[1]);
             if (quarter == 0) {
-                smem.bias[group][at] = list.is_there(row) ? 0.0f : kNone;
+                smem.bias[group][at] = has_row ? 0.0f : kNone;
             }
         } else {
-            load_rope(source, is_there);
+            load_rope(source, has_row);
         }
-        load_scale(source, is_there, half_behind);
+        load_scale(source, has_row, half_behind);
 #pragma unroll
         for (int j = 0; j < kHalfPanels; ++j) {
             store_latent(j, tile, half, by[j / 2]);
-            load_latent(j, source, is_there, half_behind);
+            load_latent(j, source, has_row, half_behind);
         }
         fence_async();
         barrier_arrive(&smem.full[group][kPart]);
@@ -218,8 +241,8 @@ struct Fp8Producer {
 
     // Asks for the row `ahead`, of the tile before t, and looks up that of tile t.
     __device__ __forceinline__ void look_ahead(int t) {
-        if (list.is_there(ahead)) {
-            const char* source = list.address(ahead);
+        if (is_there(list.p, ahead)) {
+            const char* source = address(list.p, ahead);
 #pragma unroll
             for (int line = 0; line < kFp8RowBytes; line += 4 * kLine) {
                 const int byte = line + quarter * kLine;
@@ -228,21 +251,21 @@ struct Fp8Producer {
                 }
             }
         }
-        ahead = list.at(t * kTileRows + at);
+        ahead = list.at(t, at);
     }
 
     __device__ __forceinline__ void run(int num_tiles) {
-        row = list.at(at);
-        const bool is_there = list.is_there(row);
-        const char* source = list.address(row);
-        load_scale(source, is_there, 0);
-        load_rope(source, is_there);
+        row = list.at(0, at);
+        const bool has_row = is_there(list.p, row);
+        const char* source = address(list.p, row);
+        load_scale(source, has_row, 0);
+        load_rope(source, has_row);
 #pragma unroll
         for (int j = 0; j < kHalfPanels; ++j) {
-            load_latent(j, source, is_there, 0);
+            load_latent(j, source, has_row, 0);
         }
         for (int t = 0; t < num_tiles; ++t) {
-            next_row = list.at((t + 1) * kTileRows + at);
+            next_row = list.at(t + 1, at);
             move_part<0>(t);
             move_part<1>(t);
             row = next_row;

@@ -23,10 +23,10 @@ constexpr int kGroups = 2;  // warpgroups that multiply, and tiles in shared mem
 constexpr int kConsumers = 128 * kGroups;
 constexpr int kProducers = 128;        // threads that bring bf16 rows
 constexpr int kWideningProducers = 256;  // that bring FP8 rows and widen them
+constexpr int kTilesAhead = 2;       // of the loads are FP8 rows asked into the L2
 constexpr float kNone = -3.0e38f;    // logit of a row that is not there
 constexpr float kLowest = -1.0e30f;  // maximum of no logits; over kNone, so that its weight is 0
 constexpr int kMaxClusterSplits = 8;
-constexpr int kTilesAhead = 2;       // of the loads are the rows asked into the L2
 
 // kernels/cuda_sparse_mla.py mirrors this struct.
 struct MlaParams {
@@ -34,8 +34,8 @@ struct MlaParams {
     const __nv_bfloat16* q_rope;    // [B, H, 64]
     const char* rows;               // [N, row_stride bytes], bf16 or FP8
     const int32_t* row_idx;         // [B, K], -1 = none
-    float* parts;                   // [B, S, H, 512]; written if S > 1
-    float* lse;                     // [B, S, H], base 2; written if S > 1
+    float* parts;                   // [2 L, H, 512]; what lanes have of tokens they share
+    float* lse;                     // [2 L, H], base 2
     __nv_bfloat16* out;             // [B, H, 512]; written
     int64_t latent_stride_b;        // strides in values
     int64_t latent_stride_h;
@@ -49,14 +49,15 @@ struct MlaParams {
     int32_t num_heads;     // H
     int32_t num_selected;  // K
     int32_t num_rows;      // N
-    int32_t num_splits;    // S
-    int32_t split_rows;    // of a stretch, a multiple of 64
-    int32_t trims;         // looks first where each token's rows end
-    int32_t joins_in_cluster;  // the CTAs of a token are a cluster; no parts
+    int32_t num_tiles;     // of a token, of 64 rows
+    int32_t tile_inverse;  // 2^32 / num_tiles, rounded up
+    int32_t num_lanes;     // L, at most B * num_tiles; the tiles of all tokens are dealt to them evenly
+    int32_t cluster;       // lanes of a token are a cluster of this size; no parts. 1: none
+    int32_t trims;         // L = B, and a CTA looks first where its token's rows end
     float scale_log2;      // softmax scale * log2(e)
 };
 
-// Tile t belongs to warpgroup t % 2 and lies in its place. Its first part is the panels of that
+// The t-th tile of a CTA belongs to warpgroup t % 2 and lies in its place. Its first part is the panels of that
 // group's output columns and the rope panel, its second part the other group's columns.
 struct MlaSmem {
     char query[kTileBytes];           // panels of 64 heads
@@ -65,11 +66,35 @@ struct MlaSmem {
     float best[kGroups][kHeads];      // maximum over all tiles up to the group's last
     float sum[kGroups][kHeads];
     float bias[kGroups][kTileRows];   // of a row's logits: 0, or kNone if it is not there
+    int begin;                        // the CTA's tiles of those of all tokens
+    int end;
     uint64_t full[kGroups][2];
     uint64_t empty[kGroups][2];
     uint64_t biased[kGroups];         // `bias` of the group's tile is written
     uint64_t weighed[kGroups];        // `weight` and `best` of the group's tile are written
 };
+
+// Tiles of all tokens before those of a lane.
+__device__ __forceinline__ int first_tile(const MlaParams& p, int lane) {
+    return static_cast<int>(int64_t{lane} * p.batch * p.num_tiles / p.num_lanes);
+}
+
+// The token of a tile: exact while B * num_tiles^2 is below 2^32.
+__device__ __forceinline__ int token_of(const MlaParams& p, int tile) {
+    return p.num_tiles == 1 ? tile : __umulhi(tile, p.tile_inverse);
+}
+
+// The lane that has a tile.
+__device__ __forceinline__ int lane_of(const MlaParams& p, int tile) {
+    const int64_t all = int64_t{p.batch} * p.num_tiles;
+    return static_cast<int>(((int64_t{tile} + 1) * p.num_lanes - 1) / all);
+}
+
+// Where a lane leaves its part of a token that it shares with others: two at most, one that goes on
+// in the next lane and one that came from the last.
+__device__ __forceinline__ int part_of(int lane, bool is_start) { return 2 * lane + is_start; }
+
+static_assert(sizeof(MlaSmem) <= 232448 - 1024, "must fit into a processor's shared memory");
 
 // What a CTA leaves for the others of its cluster, once its tiles are done; over MlaSmem's tiles.
 struct PartSmem {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tidepool.common.layouts import RowLayout
 from tidepool.kernels import flashmla
-from tidepool.kernels.sparse_mla import sparse_mla
+from tidepool.kernels.sparse_mla import attend, sparse_mla
 from tidepool.kernels.store_rows import store_rows
 
 pytestmark = pytest.mark.gpu
@@ -162,3 +162,105 @@ def test_attention_in_a_graph_sees_new_inputs_at_each_replay(backend: str, layou
         out.fill_(7)
         graph.replay()
         assert relative_error(out.float(), want) < 1e-2
+
+
+@pytest.mark.parametrize("layout", ["mla_bf16", "mla_fp8"])
+@pytest.mark.parametrize("backend", ["auto", "cuda", "flashmla_sparse", "triton"])
+def test_what_attend_returns_in_a_graph_follows_its_inputs(backend: str, layout: str) -> None:
+    use_or_skip(backend)
+    row = RowLayout(layout, 512, 64)  # type: ignore[arg-type]
+    rows = torch.empty(1024, row.row_bytes, dtype=torch.uint8, device="cuda")
+    values = torch.randn(1024, 576, device="cuda")
+    store_rows(values[:, :512], values[:, 512:], torch.arange(1024, device="cuda"), rows, layout)
+    idx = torch.randint(0, 1024, (70, 256), dtype=torch.int32, device="cuda")
+    q = torch.randn(70, 64, 576, device="cuda").bfloat16()
+    arguments = (q[..., :512], q[..., 512:], rows, idx, 0.05, layout)
+    attend(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        have = attend(*arguments)
+    want = torch.empty(70, 64, 512, device="cuda").bfloat16()
+    launch_reference = import_module("tidepool.kernels.triton_sparse_mla").launch_reference
+    for _ in range(3):
+        q.copy_(torch.randn(q.shape))
+        idx.copy_(torch.randint(0, 1024, idx.shape, dtype=torch.int32))
+        graph.replay()
+        launch_reference(*arguments, want)
+        assert relative_error(have, want.cpu()) < 1e-2
+
+
+def mixed_idx(batch: int, topk: int, num_rows: int) -> Tensor:
+    """Selections of every kind in turn: plain, with holes, one row again and again, few, none."""
+    idx = torch.randint(1, num_rows, (batch, topk), dtype=torch.int32, device="cuda")
+    kind = torch.arange(batch, device="cuda")[:, None] % 5
+    k = torch.arange(topk, device="cuda")[None, :]
+    hole = torch.rand(batch, topk, device="cuda") < 0.4
+    idx = torch.where((kind == 1) & hole, -1, idx)
+    idx = torch.where(kind == 2, idx[:, :1], idx)
+    return torch.where(((kind == 3) & (k > 40)) | (kind == 4), -1, idx).int()
+
+
+BATCHES = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    13,
+    17,
+    24,
+    31,
+    32,
+    33,
+    35,
+    40,
+    48,
+    63,
+    64,
+    65,
+    66,
+    67,
+    100,
+    129,
+    200,
+    511,
+)
+
+
+@pytest.mark.parametrize("layout", ["mla_bf16", "mla_fp8"])
+@pytest.mark.parametrize(
+    ("heads", "topk"),
+    [(128, 2048), (128, 330), (64, 2048), (64, 100), (8, 64), (192, 200), (20, 1)],
+)
+def test_however_tiles_are_dealt_to_lanes_the_result_is_the_reference(
+    heads: int, topk: int, layout: str
+) -> None:
+    module = import_module("tidepool.kernels.cuda_sparse_mla")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for sm_90")
+    reference = import_module("tidepool.kernels.triton_sparse_mla").launch_reference
+    device = torch.device("cuda", torch.cuda.current_device())
+    row = RowLayout(layout, 512, 64)  # type: ignore[arg-type]
+    rows = torch.empty(6000, row.row_bytes, dtype=torch.uint8, device="cuda")
+    values = torch.randn(6000, 576, device="cuda")
+    store_rows(values[:, :512], values[:, 512:], torch.arange(6000, device="cuda"), rows, layout)
+    rows[0] = 0xFF  # NaN, never selected
+    num_tiles = -(-topk // 64)
+    for batch in BATCHES:
+        q = torch.randn(batch, heads, 576, device="cuda").bfloat16()
+        tensors = (q[..., :512], q[..., 512:], rows, mixed_idx(batch, topk, 6000), 0.06, layout)
+        want = torch.empty(batch, heads, 512, device="cuda").bfloat16()
+        reference(*tensors, want)
+        lanes = module.num_processors(device) // -(-heads // 64)
+        plans = {*module.plans_of(batch, num_tiles, lanes), module.Plan(batch, trims=True)}
+        for plan in plans:
+            if plan.cluster > 1 and not module.max_clusters(plan.cluster, device):
+                continue
+            have = torch.full((batch + 2, heads, 512), 7.0, device="cuda").bfloat16()
+            have[1:-1] = float("nan")
+            module.launch(plan, *tensors, have[1:-1])
+            difference = have[1:-1].float() - want.float()
+            assert float(difference.norm() / want.float().norm()) < 1e-2, (batch, plan)
+            assert bool((have[0] == 7).all()) and bool((have[-1] == 7).all())
+            assert bool((have[1:-1][4::5] == 0).all()), (batch, plan)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
-from helpers.gpu import relative_error
+from helpers.gpu import capture, relative_error
 from torch import Tensor
 
 from tidepool.kernels import fp8, norms
 from tidepool.kernels.block_fp8 import block_fp8_linear, dequantize_blocks
-from tidepool.kernels.rotate import rotate
+from tidepool.kernels.rotate import rotate, rotate_into
 from tidepool.kernels.routed_experts import route_experts, routed_experts
 
 pytestmark = pytest.mark.gpu
@@ -179,5 +180,49 @@ def test_rotation_is_the_references_and_touches_nothing_else(
         x = whole.to(device, copy=True)
         rotate(x[..., 20:], angle.cos().to(device), angle.sin().to(device), is_interleaved)
         found.append(x.cpu())
+        beside = torch.full_like(whole, 7.0, device=device)
+        source = whole.to(device, copy=True)
+        cos, sin = angle.cos().to(device), angle.sin().to(device)
+        rotate_into(source[..., 20:], cos, sin, is_interleaved, beside[..., 20:])
+        assert torch.equal(beside[..., 20:].cpu(), found[-1][..., 20:])
+        assert torch.equal(source.cpu(), whole) and bool((beside[..., :20] == 7).all())
     assert torch.equal(found[1][..., :20], whole[..., :20])
     assert relative_error(found[1], found[0]) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16, 33, 40, 64, 300])
+@pytest.mark.parametrize("width", [128, 200, 7168])
+def test_quantised_rows_are_the_references_bit_for_bit(tokens: int, width: int) -> None:
+    x = (torch.randn(tokens, width) * 10 ** (torch.rand(tokens, 1) * 6 - 3)).bfloat16()
+    x[torch.rand(x.shape) < 0.3] = 0
+    quantize_rows = import_module("tidepool.kernels.triton_block_fp8").quantize_rows
+    padded = torch.nn.functional.pad(x.float(), (0, -width % 128)).unflatten(-1, (-1, 128))
+    want, want_scale = fp8.quantize(padded)
+    have, have_scale = quantize_rows(x.cuda())
+    want = want.flatten(-2)[:, :width]
+    assert torch.equal(have.cpu().view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(have_scale.cpu().flatten(), want_scale.flatten())
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 33, 64])
+@pytest.mark.parametrize(("out", "width"), [(2112, 7168), (7168, 2048), (128, 7168), (8192, 1536)])
+def test_products_in_a_graph_follow_their_inputs(tokens: int, out: int, width: int) -> None:
+    """A product starts beside its quantisation: it must not read what the last replay left."""
+    weight, scale = (part.cuda() for part in random_fp8(out, width))
+    exact = dequantize_blocks(weight, scale, (128, 128)).t()
+    x = torch.randn(tokens, width, device="cuda").bfloat16()
+    results = [torch.empty(tokens, out, device="cuda").bfloat16() for _ in range(6)]
+    rounds = [torch.empty_like(x) for _ in results]
+
+    def run() -> None:
+        for number, result in enumerate(results):
+            torch.mul(x, number + 1, out=rounds[number])
+            block_fp8_linear(rounds[number], weight, scale, result)
+
+    graph = capture(run)
+    for _ in range(4):
+        x.copy_(torch.randn(x.shape))
+        graph.replay()
+        want = through_fp8(x.cpu()).cuda() @ exact
+        for number, result in enumerate(results):
+            assert relative_error(result, want * (number + 1)) < 0.03
