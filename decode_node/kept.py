@@ -28,7 +28,8 @@ JOURNAL_VERSION = 1
 _PORT = struct.Struct("<I")
 MAX_UNPROVEN = 3
 PROOF_STEPS = 64
-OWN_TIMEOUT_S = 5.0
+OWN_TIMEOUT_S = 60.0
+"""Who has the node's record knows that the process before is ending; its devices are released last."""
 
 log = logging.getLogger(__name__)
 
