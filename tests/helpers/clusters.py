@@ -24,7 +24,11 @@ from tidepool.deploy.demo.run import EXACT_ON_GPU, demo_config
 
 READY_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 20.0
-_ON_DEVICE: dict[str, dict[str, Any]] = {"cpu": {"model.device": "cpu"}, "cuda": EXACT_ON_GPU}
+_ON_DEVICE: dict[str, dict[str, Any]] = {
+    "cpu": {"model.device": "cpu"},
+    # A process on a GPU takes longer to come than a new request waits by default.
+    "cuda": {**EXACT_ON_GPU, "front.node_wait_s": 60.0},
+}
 _TOKENS_ON_CUDA = 4
 _device = "cpu"
 
