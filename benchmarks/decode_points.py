@@ -17,7 +17,7 @@ from tidepool.model.weight_shapes import expected_shapes
 GROWTH = 256
 """Output tokens a sequence has room for."""
 HBM_BYTES_US = 4.3e6
-"""Bytes a microsecond that the experts' weights come at (measured, docs/reports/2026-11-20-decode.md)."""
+"""Bytes a microsecond that the experts' weights come at (measured, benchmarks/results/2026-11-20-decode.md)."""
 LINK_BYTES_US = 0.049e6
 """The same for 656-byte rows from pinned host memory, in runs."""
 ATTENTION_FLOP_US = 537e6

@@ -1,8 +1,8 @@
 """How fast does a prompt's KV go from a prefill process to a decode process?
 
-    python benchmarks/handoff.py --out docs/reports
-    python benchmarks/handoff.py --device cuda --pool-pages 2048 --out docs/reports
-    python benchmarks/handoff.py --device cuda --pool-pages 2048 --path shared --out docs/reports
+    python benchmarks/handoff.py --out benchmarks/results
+    python benchmarks/handoff.py --device cuda --pool-pages 2048 --out benchmarks/results
+    python benchmarks/handoff.py --device cuda --pool-pages 2048 --path shared --out benchmarks/results
 
 Two processes on this machine with the hand-off as nodes run it (control loops, exporter, importer,
 movers, Mooncake over TCP) and no model. Prompts of TOKENS tokens of DeepSeek-V3.2's layout: --layers

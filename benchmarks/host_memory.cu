@@ -14,7 +14,7 @@
 // One line a point: median of 6 launches with fresh rows. "cold" points write 256 MiB of device memory
 // before each launch, so that nothing of the one before is left in the GPU's caches. Last: what a small
 // kernel takes beside a gather, by how many warps gather. No figure is asserted; see
-// docs/reports/2026-11-20-host-memory.md.
+// benchmarks/results/2026-11-20-host-memory.md.
 #include <cuda.h>
 #include <cuda_runtime.h>
 #include <sys/mman.h>

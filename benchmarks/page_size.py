@@ -1,6 +1,6 @@
 """What does a page of more than one token cost, and what does it bring?
 
-    python benchmarks/page_size.py --out docs/reports
+    python benchmarks/page_size.py --out benchmarks/results
 
 Two questions of the host pool with pages of 1, 16 and 64 tokens:
 
@@ -147,7 +147,7 @@ def hand_off_rows() -> Iterator[tuple[str, int, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/reports"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     rates = {page_size: decode_rate(page_size) for page_size in PAGE_SIZES}
     rows = list(hand_off_rows())

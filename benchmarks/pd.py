@@ -1,7 +1,7 @@
 """Does prefill and decode apart beat the same number of unified nodes, and where?
 
-    python benchmarks/pd.py --pairs 1 --out docs/reports                        (demo model, CPU)
-    python benchmarks/pd.py --pairs 1 --model deepseek-v3.2 --gpus 2 --out docs/reports  (random weights)
+    python benchmarks/pd.py --pairs 1 --out benchmarks/results                        (demo model, CPU)
+    python benchmarks/pd.py --pairs 1 --model deepseek-v3.2 --gpus 2 --out benchmarks/results  (random weights)
     python benchmarks/pd.py --arrangements fed --model deepseek-v3.2 --gpus 1   (decode's pauses alone)
 
 Starts `--pairs` prefill and as many decode nodes (real control loops, transport, engines; no Ray, no

@@ -1,6 +1,6 @@
 """Would rows fetched ahead be the ones that the next step misses?
 
-    python benchmarks/prefetch.py --out docs/reports
+    python benchmarks/prefetch.py --out benchmarks/results
 
 After each step the best rows by a key that are neither in the hot buffer nor in the ring are brought
 in, at most P of them, in place of the rows with the lowest keys that the step did not select. The
@@ -211,7 +211,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/reports"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     demo = list(record_demo())
     rows = [compare("all of the demo", demo)]

@@ -1,6 +1,6 @@
 """How long do clients wait when a process, a host or a link fails? Needs root.
 
-    nice -n -10 python benchmarks/recovery.py --injections 30 --out docs/reports
+    nice -n -10 python benchmarks/recovery.py --injections 30 --out benchmarks/results
     python benchmarks/recovery.py --faults decode_killed,disconnects
 
 Runs the cluster of tests/multinode (five hosts as network namespaces, Ray and Mooncake TCP between
@@ -286,7 +286,7 @@ def main() -> None:
         "--minutes", type=float, default=180.0, help="begin no round after this time"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("docs/reports"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     names = options.faults.split(",")
     unknown = [name for name in names if name not in FAULTS]

@@ -1,6 +1,6 @@
 """Which resident row should make room, and how many rows come from the host for it?
 
-    python benchmarks/replacement.py --out docs/reports
+    python benchmarks/replacement.py --out benchmarks/results
 
 Every policy is simulated on every trace (benchmarks/replacement_traces.py) for hot buffers of several
 multiples of the top-k: misses after the first sixth of the steps, relative to exact LRU. MIN is
@@ -303,7 +303,7 @@ def totals(rows: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/reports"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     demo = list(record_demo())
     rows = [row for trace in demo for row in compare(trace, HOT_MULTIPLES)]

@@ -1,6 +1,6 @@
 """Does an overloaded cluster lose, corrupt or leak anything?
 
-    python benchmarks/soak.py --minutes 10 --out docs/reports
+    python benchmarks/soak.py --minutes 10 --out benchmarks/results
     python benchmarks/soak.py --minutes 5 --device cuda
 
 Keeps three times as many requests in flight as the decode node admits, for the given time: prompts
@@ -267,7 +267,7 @@ def commit_of_tree() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--out", type=Path, default=Path("docs/reports"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--device", choices=list(ON_DEVICE), default="cpu")
     parser.add_argument("--commit", default=commit_of_tree(), help="of a tree without its .git")
     arguments = parser.parse_args()

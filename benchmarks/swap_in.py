@@ -1,6 +1,6 @@
 """How long does swap-in take, and how far is that from the link?
 
-    python benchmarks/swap_in.py --out docs/reports [--variants] [--replacement] [--peer plugin.py]
+    python benchmarks/swap_in.py --out benchmarks/results [--variants] [--replacement] [--peer plugin.py]
 
 Every point is timed as CUDA-graph replays: a graph holds CALLS calls in a row, each with a top-k of
 its own, a window over a random permutation of the sequence's positions that moves by `misses` a
@@ -541,7 +541,7 @@ def _load_peer(path: Path) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/reports"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--host-gib", type=float, default=6.0)
     parser.add_argument("--variants", action="store_true", help="also compare ways to launch")
     parser.add_argument("--replacement", action="store_true", help="only: LRU against by score")

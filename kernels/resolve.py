@@ -13,7 +13,7 @@ Rows of the device buffer of one layer, for seat s (H hot rows, ring_rows newest
 
 Victims are chosen by the newest index scores where the caller has them (the indexer scores every
 position at every step, so a resident row that was not selected has a score too), else by recency.
-docs/reports/2026-11-20-replacement.md compares the two.
+benchmarks/results/2026-11-20-replacement.md compares the two.
 
 Always true, before and after: slot_of_position[s, p] == h exactly if position_of_slot[s, h] == p, so
 a position is resident at most once. Only rows of the seats in `seats` change. A slot that this step

@@ -2,7 +2,7 @@
 
 A transfer engine sends, and receives, on one thread, and that thread's processor is what limits it:
 on a host with 16 cores four engines on each end moved 11.8 GB/s where one moved 3.2
-(docs/reports/2026-11-20-handoff.md). Every stripe has all memory registered. A *lane* is one stripe
+(benchmarks/results/2026-11-20-handoff.md). Every stripe has all memory registered. A *lane* is one stripe
 here and one of the peer's; batches take the lanes in turn. The two ends need not have equally many.
 
 What holds for one transport holds for all: a batch is on one lane and its ticket is that lane's, and

@@ -1,6 +1,6 @@
 """A decode process is killed under many streams; its next one goes on with them, or nobody notices why not.
 
-How long clients wait is measured (benchmarks/recovery.py, docs/reports), not asserted.
+How long clients wait is measured (benchmarks/recovery.py, benchmarks/results), not asserted.
 """
 
 from __future__ import annotations
