@@ -34,6 +34,7 @@ from ..common.clock import Clock, MonotonicClock
 from ..common.config import TransferSection
 from ..common.errors import InvariantError, PeerError, ProtocolError, TidepoolError
 from .curve import ClusterKeys, Gate
+from .own_sockets import NUM_PROBES, PROBE_INTERVAL_S, SILENT_S
 from .session import Broken, ControlStats, Handler, LogLimiter, Peer, identity_of, refuse_hello
 
 _LOGGER = logging.getLogger(__name__)
@@ -688,6 +689,11 @@ class ControlLoop:
         fresh.set(zmq.SNDHWM, self._config.max_queued_messages)
         fresh.set(zmq.RCVHWM, self._config.max_queued_messages)
         fresh.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        fresh.set(zmq.TCP_KEEPALIVE, 1)
+        fresh.set(zmq.TCP_KEEPALIVE_IDLE, SILENT_S)
+        fresh.set(zmq.TCP_KEEPALIVE_INTVL, PROBE_INTERVAL_S)
+        fresh.set(zmq.TCP_KEEPALIVE_CNT, NUM_PROBES)
+        fresh.set(zmq.TCP_MAXRT, 1000 * (SILENT_S + NUM_PROBES * PROBE_INTERVAL_S))
         return fresh
 
     def _bind(self, bind_host: str, bind_port: int) -> zmq.Socket[bytes]:

@@ -61,6 +61,8 @@ class WriteMover(Protocol):
 
     def forget(self, peer_data_address: str) -> None: ...
 
+    def abandon(self, peer_data_address: str) -> None: ...
+
 
 class _Transfer:
     """A machine and what it is bound to once granted."""
@@ -113,6 +115,8 @@ class Exporter:
         self._transfers: dict[Key, _Transfer] = {}
         self._by_lease: dict[LeaseName, _Transfer] = {}
         self._up: dict[str, Peer] = {}
+        self._last: dict[str, Peer] = {}
+        """Each decode node as it was met last, until that incarnation is fenced."""
 
     # ---- any thread ----
 
@@ -192,6 +196,10 @@ class Exporter:
             peer = transfer.peer
             if peer is not None and peer.node_id == node_id and peer.epoch <= epoch:
                 self._advance(transfer, PeerReplaced(f"epoch {peer.epoch} of {node_id} is dead"))
+        last = self._last.get(node_id)
+        if last is not None and last.epoch <= epoch:
+            del self._last[node_id]
+            self._abandon(last)
 
     def _see_data_address(self, peer: Peer) -> None:
         """A decode node that tells another address has closed the one before."""
@@ -201,6 +209,15 @@ class Exporter:
                 continue  # a copy is not stopped by closing an address
             if old is not None and old.hello.data_address != peer.hello.data_address:
                 self._advance(transfer, TargetFenced(f"{peer.node_id} has a new data address"))
+        last = self._last.get(peer.node_id)
+        if last is not None and last.hello.data_address != peer.hello.data_address:
+            self._abandon(last)
+        self._last[peer.node_id] = peer
+
+    def _abandon(self, last: Peer) -> None:
+        """Behind the machines: what is in flight there fails now."""
+        if last.hello.data_address:
+            self._mover.abandon(last.hello.data_address)
 
     # ---- I/O thread: Handler ----
 

@@ -99,6 +99,10 @@ class RoutedTransport(Transport):
     def poll(self, ticket: Ticket) -> TicketStatus:
         return (self._memory if isinstance(ticket, _Copying) else self._wire).poll(ticket)
 
+    def abandon(self, peer_data_address: str) -> Ticket | None:
+        is_mapped = peer_data_address.startswith(PREFIX)
+        return (self._memory if is_mapped else self._wire).abandon(peer_data_address)
+
     def renew(self) -> None:
         self._wire.renew()
 

@@ -9,6 +9,9 @@ What the engine does, found by experiment with 0.3.13.post1 over TCP:
 * Check answers 1 only after the target has applied the bytes. -1 and -2 do not say whether bytes
   that are in kernel buffers will still land: FAILED_UNKNOWN.
 * The first submit to a peer performs the handshake, which can block: `open` does it beforehand.
+* A connection on which nothing is in flight is not looked at: when its peer is gone it stays open, in
+  CLOSE_WAIT or, where no FIN came, ESTABLISHED, until something is written on it. `abandon` shuts
+  such connections down, then submits a byte for each, which fails before anything is sent.
 * Unregistering memory refuses writes that begin later; of one that is under way all the rest lands.
   It ends with its connection: `renew` unregisters, then cuts the connections, then waits until the
   engine has closed them. Destroying the engine is a fence too, but stops every Python thread for
@@ -21,11 +24,19 @@ Where the wheel has scatter tickets (0.3.14), these are used: they do know wheth
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
 from ..common.errors import InvariantError, TransferError
-from .own_sockets import cut_connections, listening_ports
+from .own_sockets import (
+    connections_to,
+    cut_connections,
+    listening_ports,
+    notice_lost_peers,
+    shut_down,
+    still_open,
+)
 from .transport import (
     Channel,
     Ticket,
@@ -52,6 +63,12 @@ _MAX_STARTS = 16
 _MAX_RETIRED = 8
 """Engines kept after `renew`; each has nine threads that sleep."""
 _CUT_TIMEOUT_S = 5.0
+_MAX_IDLE_WRITES = 2
+"""Behind so many that had no connection closed, the rest is another engine's, or busy and about to fail."""
+_NOWHERE = 0
+"""A target that nobody registers: a write to it changes nothing, whoever should get it."""
+_DATA_PORT = "/"
+"""In a data address, between what the engine calls a peer and the port its connections go to."""
 
 
 def _register(engine: Any, address: int, num_bytes: int) -> None:
@@ -69,6 +86,16 @@ def _silence(engine: Any, ranges: Sequence[tuple[int, int]], ports: frozenset[in
     return is_known and not any(codes) and cut_connections(ports, _CUT_TIMEOUT_S)
 
 
+def _resolve(peer: str) -> frozenset[str]:
+    """The IP addresses of "host:port"; may block. Empty if there are none."""
+    host, _, port = peer.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError:
+        return frozenset()
+    return frozenset(str(each[4][0]) for each in found)
+
+
 class _Ticket(Ticket):
     """Ids of single writes (`pending`), or one scatter ticket."""
 
@@ -79,6 +106,19 @@ class _Ticket(Ticket):
         self.scatter = scatter
         self.failure: TicketStatus | None = None
         self.status = TicketStatus.PENDING
+
+
+class _Closing(Ticket):
+    """Writes that make the engine see that connections are shut down, one at a time."""
+
+    __slots__ = ("connections", "is_shut_down", "num_idle", "number", "peer")
+
+    def __init__(self, peer: str, connections: frozenset[int]) -> None:
+        self.peer = peer
+        self.connections = connections
+        self.is_shut_down = False
+        self.num_idle = 0
+        self.number = 0
 
 
 class MooncakeTransport(Transport):
@@ -108,6 +148,8 @@ class MooncakeTransport(Transport):
         self._retired: list[Any] = []
         self._retired_ports = set() if retired_ports is None else retired_ports
         self._has_submitted = False
+        self._opened: dict[str, tuple[frozenset[str], int]] = {}
+        """Addresses of hosts, and the port, that connections to each open peer go to."""
         self._engine: Any = None
         self._engine, self._ports = self._start()
         self._has_scatter = hasattr(self._engine, "submit_scatter_write")
@@ -124,11 +166,17 @@ class MooncakeTransport(Transport):
             )
         for address, num_bytes in self._ranges:
             _register(engine, address, num_bytes)
-        return engine, frozenset({engine.get_rpc_port()} | (listening_ports() - before))
+        ports = frozenset({engine.get_rpc_port()} | (listening_ports() - before))
+        notice_lost_peers(ports)
+        return engine, ports
 
     @property
     def data_address(self) -> str:
-        return f"{self._host}:{self._running().get_rpc_port()}"
+        """What the engine calls itself, and the port of its data where that is known."""
+        rpc_port = self._running().get_rpc_port()
+        others = self._ports - {rpc_port}
+        suffix = f"{_DATA_PORT}{min(others)}" if len(others) == 1 else ""
+        return f"{self._host}:{rpc_port}{suffix}"
 
     def register(self, address: int, num_bytes: int) -> None:
         check_new_range(self._ranges, address, num_bytes)
@@ -136,17 +184,32 @@ class MooncakeTransport(Transport):
         self._ranges.append((address, num_bytes))
 
     def open(self, peer_data_address: str) -> Channel:
-        code = self._running().send_probe(peer_data_address)
+        peer, _, data_port = peer_data_address.partition(_DATA_PORT)
+        code = self._running().send_probe(peer)
         if code != 0:
             raise TransferError(
                 f"{peer_data_address} does not answer a probe: code {code}", is_drained=True
             )
+        if data_port.isdecimal():
+            self._opened[peer_data_address] = (_resolve(peer), int(data_port))
         return Channel(peer_data_address)
+
+    def abandon(self, peer_data_address: str) -> Ticket | None:
+        """See `Transport`. Does nothing where another open peer is reached at the same place."""
+        place = self._opened.pop(peer_data_address, None)
+        if place is None or not self._ranges:
+            return None
+        hosts, port = place
+        if any(port == each[1] and hosts & each[0] for each in list(self._opened.values())):
+            return None
+        connections = connections_to(hosts, port)
+        peer = peer_data_address.partition(_DATA_PORT)[0]
+        return _Closing(peer, connections) if connections else None
 
     def submit(self, channel: Channel, writes: Sequence[Write]) -> Ticket:
         engine = self._running()
         self._has_submitted = True
-        peer = channel.peer_data_address
+        peer = channel.peer_data_address.partition(_DATA_PORT)[0]
         if self._has_scatter:
             return _Ticket([], self._submit_scatter(peer, as_writes(writes)))
         ticket = _Ticket([])
@@ -159,6 +222,8 @@ class MooncakeTransport(Transport):
         return ticket
 
     def poll(self, ticket: Ticket) -> TicketStatus:
+        if isinstance(ticket, _Closing):
+            return self._poll_closing(ticket)
         assert isinstance(ticket, _Ticket)
         if ticket.status is TicketStatus.PENDING:
             is_scatter = ticket.scatter is not None
@@ -202,6 +267,23 @@ class MooncakeTransport(Transport):
         if self._engine is None:
             raise TransferError("the transfer engine is closed", is_drained=True)
         return self._engine
+
+    def _poll_closing(self, ticket: _Closing) -> TicketStatus:
+        engine = self._running()
+        if not ticket.is_shut_down:
+            ticket.is_shut_down = True
+            shut_down(ticket.connections)
+        if ticket.number:
+            if engine.transfer_check_status(ticket.number) == _PENDING:
+                return TicketStatus.PENDING
+            rest = still_open(ticket.connections)
+            ticket.num_idle += len(rest) == len(ticket.connections)
+            ticket.connections = rest
+        if not ticket.connections or ticket.num_idle >= _MAX_IDLE_WRITES:
+            return TicketStatus.DONE
+        number = engine.transfer_submit_write(ticket.peer, self._ranges[0][0], _NOWHERE, 1)
+        ticket.number = 0 if number == -1 else number
+        return TicketStatus.PENDING if ticket.number else TicketStatus.DONE
 
     def _poll_each(self, ticket: _Ticket) -> TicketStatus:
         check = self._running().transfer_check_status

@@ -115,6 +115,13 @@ class Mover:
         """The peer is gone: the next job for this address opens it anew."""
         self._tell(lambda: self._forget(peer_data_address))
 
+    def abandon(self, peer_data_address: str) -> None:
+        """The peer that was there is dead or has moved, for good: its connections are closed.
+
+        What is in flight to it fails.
+        """
+        self._tell(lambda: self._abandon(peer_data_address))
+
     def _tell(self, call: Callable[[], None]) -> None:
         with self._wakeup:
             self._inbox.append(call)
@@ -203,6 +210,12 @@ class Mover:
     def _forget(self, address: str) -> None:
         if not isinstance(self._channels.get(address, 0.0), float):
             del self._channels[address]
+
+    def _abandon(self, address: str) -> None:
+        self._forget(address)
+        ticket = self._transport.abandon(address)
+        if ticket is not None:
+            self._abandoned.append(ticket)
 
     def _turn(self) -> None:
         """One slice of work for each owner; who got one waits behind those who did not."""

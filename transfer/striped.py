@@ -35,6 +35,15 @@ class _StripedTicket(Ticket):
         self.ticket = ticket
 
 
+class _Tickets(Ticket):
+    """Of the stripes that still free what they held for a peer."""
+
+    __slots__ = ("pending",)
+
+    def __init__(self, pending: list[Ticket]) -> None:
+        self.pending = pending
+
+
 class StripedTransport(Transport):
     """See the module. `data_address` names every stripe's, in order."""
 
@@ -53,11 +62,9 @@ class StripedTransport(Transport):
 
     def open(self, peer_data_address: str) -> Channel:
         """Every lane must answer: what is submitted takes them all."""
-        addresses = peer_data_address.split(_SEPARATOR)
-        lanes: list[tuple[Transport, Channel]] = []
-        for lane in range(max(len(self._stripes), len(addresses))):
-            stripe = self._stripes[lane % len(self._stripes)]
-            lanes.append((stripe, stripe.open(addresses[lane % len(addresses)])))
+        lanes = [
+            (stripe, stripe.open(address)) for stripe, address in self._lanes(peer_data_address)
+        ]
         return _StripedChannel(
             peer_data_address, num_lanes=len(lanes), turns=itertools.cycle(lanes)
         )
@@ -68,12 +75,35 @@ class StripedTransport(Transport):
         return _StripedTicket(stripe, stripe.submit(lane, writes))
 
     def poll(self, ticket: Ticket) -> TicketStatus:
+        if isinstance(ticket, _Tickets):
+            return self._poll_all(ticket)
         assert isinstance(ticket, _StripedTicket)
         return ticket.stripe.poll(ticket.ticket)
+
+    def abandon(self, peer_data_address: str) -> Ticket | None:
+        tickets: list[Ticket] = []
+        for stripe, address in self._lanes(peer_data_address):
+            ticket = stripe.abandon(address)
+            if ticket is not None:
+                tickets.append(_StripedTicket(stripe, ticket))
+        return _Tickets(tickets) if tickets else None
 
     def renew(self) -> None:
         for stripe in self._stripes:
             stripe.renew()
+
+    def _lanes(self, peer_data_address: str) -> list[tuple[Transport, str]]:
+        addresses = peer_data_address.split(_SEPARATOR)
+        return [
+            (self._stripes[lane % len(self._stripes)], addresses[lane % len(addresses)])
+            for lane in range(max(len(self._stripes), len(addresses)))
+        ]
+
+    def _poll_all(self, ticket: _Tickets) -> TicketStatus:
+        ticket.pending = [
+            each for each in ticket.pending if self.poll(each) is TicketStatus.PENDING
+        ]
+        return TicketStatus.PENDING if ticket.pending else TicketStatus.DONE
 
     def close(self) -> None:
         for stripe in self._stripes:

@@ -1,6 +1,6 @@
 """What moves bytes: the interface that loopback and Mooncake implement, and that the mover uses.
 
-Only the mover's thread calls `submit` and `poll`; `open` and `renew` may block and run on threads of
+Only the mover's thread calls `submit`, `poll` and `abandon`; `open` and `renew` may block and run on threads of
 their own; `register` and `close` are called at start and stop. A write is one contiguous copy from local to
 remote registered memory. A batch is not atomic: when it fails, any part of it may have landed.
 """
@@ -132,6 +132,13 @@ class Transport(Protocol):
     def poll(self, ticket: Ticket) -> TicketStatus:
         """Never blocks. May be called again after the end, with the same answer."""
         ...
+
+    def abandon(self, peer_data_address: str) -> Ticket | None:
+        """The peer that was there is dead or has moved: frees what is held for it, never blocks.
+
+        What is in flight to it fails. Poll the ticket, if there is one, to its end, whatever that is.
+        """
+        return None
 
     def renew(self) -> None:
         """Moves to a new data address, with everything registered, and closes the old one.

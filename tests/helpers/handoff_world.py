@@ -90,6 +90,7 @@ class FakeMover:
     def __init__(self) -> None:
         self.writes: list[WriteJob] = []
         self.verifies: list[VerifyJob] = []
+        self.abandoned: list[str] = []
 
     def write(self, job: WriteJob) -> None:
         self.writes.append(job)
@@ -102,6 +103,9 @@ class FakeMover:
 
     def forget(self, peer_data_address: str) -> None:
         pass
+
+    def abandon(self, peer_data_address: str) -> None:
+        self.abandoned.append(peer_data_address)
 
 
 @dataclass

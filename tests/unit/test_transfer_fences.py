@@ -114,3 +114,26 @@ def test_a_replaced_writers_leases_are_fenced_unless_its_death_is_proven_in_time
     assert not lease.is_open
     world.tick(1.0)
     assert len(asked) <= 2
+
+
+def test_the_address_of_a_peer_that_is_replaced_moved_or_fenced_is_abandoned_once() -> None:
+    world = World()
+    abandoned = world.p.mover.abandoned
+    world.session_up("p")
+    first = world.d.peer.hello.data_address
+    world.session_down("d")
+    world.session_up("p")
+    assert abandoned == [], "the same incarnation at the same address is alive"
+    world.fence_data()
+    second = world.d.peer.hello.data_address
+    assert abandoned == [first]
+    world.restart("d")
+    world.session_up("p")
+    third = world.d.peer.hello.data_address
+    assert abandoned == [first, second]
+    epoch = world.d.peer.epoch
+    for _ in range(2):
+        world.p.handler.fence("d", epoch)
+        world.flush(world.p)
+    world.p.control.run()
+    assert abandoned == [first, second, third]
