@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.engines import UnifiedHarness, exact_config
-from helpers.pd import HOST, pd_pair
+from helpers.pd import HOST, TIMEOUT_S, pd_pair
 from helpers.tiny_models import INDEX_TOPK, VETTED_SEEDS, prompt, session_checkpoint
 
+from tidepool.common import wire
 from tidepool.decode_node.node import build_node as build_decode
 from tidepool.decode_node.sequence import Sequence
 from tidepool.hostpool.mirror import HostMirror
@@ -111,7 +113,9 @@ def test_what_can_never_fit_on_decode_is_refused_with_the_limit(path: Path) -> N
 def test_cancelling_at_any_moment_frees_both_sides_and_hurts_nobody(path: Path) -> None:
     request = prompt(0, 90)
     (expected,) = alone(path, [request], max_tokens=20)
-    with pd_pair(exact_config(path, **{**HOT, "prefill.chunk_tokens": 16})) as pair:
+    # On a busy machine a silent session would end, and what it carries with it.
+    overrides = {**HOT, "prefill.chunk_tokens": 16, "transfer.heartbeat_timeout_s": TIMEOUT_S}
+    with pd_pair(exact_config(path, **overrides)) as pair:
         for number in range(20):
             pair.submit(f"kept{number}", request, max_tokens=20)
             pair.submit(f"cancelled{number}", prompt(1, 90), max_tokens=200)
@@ -119,6 +123,29 @@ def test_cancelling_at_any_moment_frees_both_sides_and_hurts_nobody(path: Path) 
             pair.cancel(f"cancelled{number}")
             pair.wait([f"kept{number}"])
             assert pair.front.tokens[f"kept{number}"] == expected
+        pair.assert_settles_empty()
+
+
+def test_tokens_that_are_lost_with_a_session_come_again_when_they_are_asked_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, cuts = prompt(0, 90), (3, 17, 40)
+    (expected,) = alone(path, [request], max_tokens=48)
+    with pd_pair(exact_config(path, **HOT)) as pair:
+        loop = pair.decode.control
+        really_send, count = loop._send, itertools.count()
+
+        def send(node_id: str, message: wire.AnyMessage) -> None:
+            session = loop._sessions.get(node_id)
+            if session is not None and isinstance(message, wire.Tokens) and next(count) in cuts:
+                loop._end(session, "as after a silence")
+            really_send(node_id, message)
+
+        monkeypatch.setattr(loop, "_send", send)
+        pair.submit("cut", request, max_tokens=48)
+        pair.wait(["cut"])
+        assert pair.front.tokens["cut"] == expected
+        assert loop.stats.num_no_session > 0, "nothing was lost"
         pair.assert_settles_empty()
 
 

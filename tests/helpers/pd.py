@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,22 @@ TIMEOUT_S = 60.0
 
 
 class FrontStub:
-    """A front's side of the control plane: gathers tokens and ends, and waits for them."""
+    """A front's side of the control plane: gathers tokens and ends, and waits for them.
 
-    def __init__(self) -> None:
+    Within one session nothing may be missing and nothing comes twice. What was on its way when a
+    session ended is lost, and asked for again, as a front does (deploy/front/attempt.py).
+
+    Args:
+        ask: sends (request id, next index) to decode as Resume.
+    """
+
+    def __init__(self, ask: Callable[[str, int], None]) -> None:
+        self._ask = ask
+        self._num_sessions: Counter[tuple[str, int]] = Counter()
+        """Of each incarnation of a node."""
+        self._whole_in: dict[str, tuple[str, int, int]] = {}
+        """The session in which a request's last token came with nothing missing before it."""
+        self._asked: set[str] = set()
         self.changed = threading.Condition()
         self.up: set[str] = set()
         self.tokens: dict[str, list[int]] = defaultdict(list)
@@ -43,13 +56,38 @@ class FrontStub:
     def on_message(self, peer: Peer, message: wire.Message) -> bool:
         with self.changed:
             if isinstance(message, wire.Tokens):
-                output = self.tokens[message.request_id]
-                assert message.first_index == len(output)
-                output.extend(token.token_id for token in message.tokens)
-                self.logprobs[message.request_id] += [token.logprob for token in message.tokens]
-            elif isinstance(message, wire.Finish):
+                self._extend(peer, message)
+            elif isinstance(message, wire.Finish) and not self._is_ahead(
+                peer, message.request_id, message.num_tokens
+            ):
                 self._finish(peer, message)
             self.changed.notify_all()
+        return True
+
+    def _extend(self, peer: Peer, message: wire.Tokens) -> None:
+        request_id = message.request_id
+        if self._is_ahead(peer, request_id, message.first_index):
+            return
+        output = self.tokens[request_id]
+        num_known = len(output) - message.first_index
+        assert not num_known or request_id in self._asked, f"{request_id}: tokens came twice"
+        fresh = message.tokens[num_known:]
+        output.extend(token.token_id for token in fresh)
+        self.logprobs[request_id] += [token.logprob for token in fresh]
+        self._whole_in[request_id] = self._session(peer)
+
+    def _session(self, peer: Peer) -> tuple[str, int, int]:
+        return peer.node_id, peer.epoch, self._num_sessions[peer.node_id, peer.epoch]
+
+    def _is_ahead(self, peer: Peer, request_id: str, num_tokens: int) -> bool:
+        """Whether tokens before this many are missing: then they are asked for, and all behind."""
+        num_received = len(self.tokens[request_id])
+        if num_tokens <= num_received:
+            return False
+        whole_in = self._whole_in.get(request_id, (peer.node_id, peer.epoch, 1))
+        assert whole_in != self._session(peer), f"{request_id}: tokens are missing in a session"
+        self._asked.add(request_id)
+        self._ask(request_id, num_received)
         return True
 
     def _finish(self, peer: Peer, message: wire.Finish) -> None:
@@ -59,6 +97,8 @@ class FrontStub:
         prefill cannot know that and calls it failed.
         """
         ended = (message.request_id, peer.role)
+        if message.request_id in self._asked and self.finishes.get(message.request_id) == message:
+            return  # it comes again with the tokens that were asked for
         assert ended not in self._ended, f"{message.request_id} ended twice on {peer.node_id}"
         self._ended.add(ended)
         is_doubt = peer.role == "prefill" and message.can_retry
@@ -72,6 +112,12 @@ class FrontStub:
     def on_peer_up(self, peer: Peer) -> None:
         with self.changed:
             self.up.add(peer.node_id)
+            self._num_sessions[peer.node_id, peer.epoch] += 1
+            for request_id, (node_id, epoch, _) in self._whole_in.items():
+                is_open = request_id not in self.finishes
+                if is_open and (node_id, epoch) == (peer.node_id, peer.epoch):
+                    self._asked.add(request_id)
+                    self._ask(request_id, len(self.tokens[request_id]))
             self.changed.notify_all()
 
     def on_peer_down(self, peer: Peer, reason: str) -> None:
@@ -161,7 +207,11 @@ def pd_pair(config: Config) -> Iterator[Pair]:
         config=config.transfer,
         keys=cluster_keys(config.cluster),
     )
-    front = FrontStub()
+    front = FrontStub(
+        lambda request_id, next_index: control.send(
+            decode.control.node_id, wire.Resume(request_id, 0, next_index, control.node_id)
+        )
+    )
     try:
         prefill.start()
         decode.start()

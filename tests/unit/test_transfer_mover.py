@@ -21,6 +21,8 @@ from tidepool.transfer.transport import Channel, TicketStatus, Write, Writes
 
 SIZE = 64 * 1024
 CONFIG = TransferSection(max_writes_in_flight=4, write_timeout_s=0.2)
+PATIENT = TransferSection(max_writes_in_flight=4, write_timeout_s=600.0)
+"""No write times out in a test."""
 
 
 def plan(writes: list[Write], parts: list[Part]) -> tuple[Writes, list[Part]]:
@@ -30,7 +32,7 @@ def plan(writes: list[Write], parts: list[Part]) -> tuple[Writes, list[Part]]:
 class Bench:
     """A mover, two memories, and the results in the order of their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: TransferSection) -> None:
         self.faults: Callable[[Write], Fault | None] = lambda write: None
         self.near = LoopbackTransport(self.choose_fault)
         self.far = LoopbackTransport()
@@ -41,7 +43,7 @@ class Bench:
         self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.ends: list[tuple[object, WriteResult]] = []
         self.fatal: list[BaseException] = []
-        self.mover = Mover(self.near, CONFIG, self.calls.put, on_fatal=self.fatal.append)
+        self.mover = Mover(self.near, config, self.calls.put, on_fatal=self.fatal.append)
         self.mover.start()
 
     def choose_fault(self, write: Write) -> Fault | None:
@@ -68,9 +70,9 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     before = threading.active_count()
-    bench = Bench()
+    bench = Bench(getattr(request, "param", CONFIG))
     yield bench
     bench.mover.stop()
     bench.near.close()
@@ -170,6 +172,7 @@ def test_a_failed_write_ends_its_job_with_what_is_known_and_no_other(
         assert bench.target.read(20 * 1024, 1024) == bytes(1024), "writes went on after the failure"
 
 
+@pytest.mark.parametrize("bench", [PATIENT], indirect=True)
 def test_a_hanging_peer_does_not_hold_up_another(bench: Bench) -> None:
     other, memory = LoopbackTransport(), Memory(SIZE)
     other.register(memory.address, SIZE)
@@ -179,13 +182,12 @@ def test_a_hanging_peer_does_not_hold_up_another(bench: Bench) -> None:
     for _ in range(8):
         bench.write("hangs", range(0, SIZE, 1024))
     ends: list[WriteResult] = []
-    started_s = time.monotonic()
     write = Write(bench.source.address, memory.address, 1024)
     bench.mover.write(WriteJob("fine", other.data_address, partial(plan, [write], []), ends.append))
     while not ends:
-        bench.calls.get(timeout=5)()
+        bench.calls.get(timeout=30)()
     assert ends[0].status is TicketStatus.DONE
-    assert time.monotonic() - started_s < CONFIG.write_timeout_s
+    assert not bench.ends, "the other did not hang any more"
     other.close()
 
 
