@@ -88,9 +88,7 @@ class Writer:
             [Write(self.source.address + at, address + at, PIECE) for at in range(0, SIZE, PIECE)]
         )
         results: list[WriteResult] = []
-        self.mover.write(
-            WriteJob("test", data_address, lambda: (writes, []), results.append)
-        )
+        self.mover.write(WriteJob("test", data_address, lambda: (writes, []), results.append))
         self.calls.get(timeout=15.0)()
         return results[0].status
 
