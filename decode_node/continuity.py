@@ -21,6 +21,7 @@ from ..hostpool.segment import SharedSegment
 from ..transfer.shared_paths import machine_id
 from .engine import DecodeEngine
 from .journal import Journal
+from .keeper_watch import KeeperWatch, StartKeeper
 from .kept import KeptMemory, claim
 from .reattach import Aftermath, Reattached, reattach
 
@@ -37,9 +38,16 @@ class Continuity:
     """
 
     def __init__(
-        self, link: KeeperLink | None, config: Config, kv: KvGeometry, max_context: int
+        self,
+        link: KeeperLink | None,
+        config: Config,
+        kv: KvGeometry,
+        max_context: int,
+        start_keeper: StartKeeper | None = None,
     ) -> None:
         self._memory: KeptMemory | None = None
+        self._watch: KeeperWatch | None = None
+        self._start_keeper = start_keeper
         self.segment: SharedSegment | None = None
         self.journal: Journal | None = None
         self.front_ids: tuple[str, ...] = ()
@@ -94,7 +102,10 @@ class Continuity:
             decode.coordinator.kept_keys = index
         try:
             past = Reattached() if memory.is_fresh else reattach(decode, journal, index)
-            aftermath = Aftermath(memory, decode.coordinator, lambda: decode.num_steps, clock.now)
+            self._watch = watch = KeeperWatch(memory, self._start_keeper, clock.now)
+            aftermath = Aftermath(
+                memory, watch, decode.coordinator, lambda: decode.num_steps, clock.now
+            )
         except Exception as error:
             on_fatal(error)
             raise
@@ -102,13 +113,21 @@ class Continuity:
         decode.kept_stats = lambda: {
             **past.stats(),
             "pages_kept_from_guests": aftermath.num_kept_back,
-            "has_keeper": aftermath.has_keeper,
+            "has_keeper": watch.has_keeper,
+            "keeper_restarts": watch.num_restarts,
             "journal_live": journal.num_live,
             "journal_not_kept": journal.num_not_kept,
         }
         return [aftermath]
 
+    def let_go(self) -> None:
+        """The node is about to end in order, and nothing is to outlive it: whatever happens to it
+        from now on, its memory goes with it. Any thread."""
+        if self._watch is not None:
+            self._watch.let_go()
+
     def close(self) -> None:
-        """The node ends in order, and nothing is to outlive it."""
+        """Behind everything that uses the memory."""
+        self.let_go()
         if self._memory is not None:
             self._memory.close()

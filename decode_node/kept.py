@@ -34,11 +34,12 @@ OWN_TIMEOUT_S = 60.0
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KeptMemory:
     """The segment of this node and its link to the keeper.
 
     Attributes:
+        link: another one once the keeper was replaced (keeper_watch.py).
         is_fresh: it holds nothing yet.
     """
 

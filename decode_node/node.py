@@ -27,6 +27,7 @@ from ..transfer.transports import has_checksums, make_transport, may_share
 from .build import build_coordinator, build_engine, max_context
 from .continuity import Continuity
 from .coordinator import HiSparseCoordinator
+from .keeper_watch import StartKeeper
 from .receiver import Receiver
 
 
@@ -61,6 +62,7 @@ def build_node(
     bind_host: str,
     on_fatal: Callable[[BaseException], None],
     link: KeeperLink | None = None,
+    start_keeper: StartKeeper | None = None,
     stages: Stages | None = None,
 ) -> Node:
     """Loads the model, registers host and index pool with the transport, binds the control socket.
@@ -69,6 +71,7 @@ def build_node(
         on_fatal: ends the process.
         link: to the node's keeper, which may hold what the process before left; None: nothing
             outlives this process.
+        start_keeper: for another keeper, should that one end.
         stages: told how far the start is.
 
     Raises CheckpointError, ConfigError, PeerError or TransferError.
@@ -79,7 +82,7 @@ def build_node(
     geometry = runtime.geometry
     clock = MonotonicClock()
     context = max_context(config, runtime.model.config)
-    continuity = Continuity(link, config, geometry, context)
+    continuity = Continuity(link, config, geometry, context, start_keeper)
     on_fatal = continuity.guard(on_fatal)
     coordinator = build_coordinator(
         config, runtime.model.config, geometry, runtime.device, continuity.segment
@@ -160,6 +163,7 @@ def build_node(
         (decode,),
         max_context=context,
         fence=fence,
+        let_go=continuity.let_go,
         closers=(
             fence.stop,
             mover.stop,

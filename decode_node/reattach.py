@@ -17,7 +17,6 @@ long as one that came before this process lives, pages that belong to no sequenc
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections import Counter
@@ -30,10 +29,13 @@ from ..hostpool.pages import OwnerKind, PageLease
 from .coordinator import HiSparseCoordinator
 from .engine import DecodeEngine
 from .journal import Journal, Record
+from .keeper_watch import KeeperWatch
 from .kept import PROOF_STEPS, KeptMemory
 from .sequence import Sequence
 
 POLL_S = 0.2
+MAX_UNKNOWN_S = 60.0
+"""How long pages are kept back while there is no keeper that could give them free."""
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +157,7 @@ class Aftermath:
 
     Args:
         kept: the node's memory.
+        watch: over its keeper.
         coordinator: whose free pages are kept back while an earlier guest lives.
         num_steps: steps decoded so far.
         now: seconds.
@@ -163,18 +166,19 @@ class Aftermath:
     def __init__(
         self,
         kept: KeptMemory,
+        watch: KeeperWatch,
         coordinator: HiSparseCoordinator,
         num_steps: Callable[[], int],
         now: Callable[[], float],
     ) -> None:
         self._kept = kept
+        self._watch = watch
         self._num_steps = num_steps
         self._now = now
         self._is_proven = False
-        self.has_keeper = True
         self._kept_back: list[PageLease] = []
         self._next_poll_s = 0.0
-        if not kept.is_fresh and kept.link.num_earlier_guests():
+        if not kept.is_fresh and self._may_have_guests():
             self._keep_back(coordinator)
 
     @property
@@ -189,29 +193,34 @@ class Aftermath:
         if not self._is_proven and self._num_steps() >= PROOF_STEPS:
             self._is_proven = True
             self._kept.segment.prove()
-        if self.has_keeper and self._now() >= self._next_poll_s:
+        if self._now() >= self._next_poll_s:
             self._next_poll_s = self._now() + POLL_S
             self._poll()
         return False
 
     def _poll(self) -> None:
-        """Asks the keeper; one that is slow to answer is asked again.
+        """Asks the keeper; one that is slow to answer is asked again, and one that has ended is
+        replaced by one that knows its guests.
 
-        Raises SegmentError, which ends the node, if the keeper has ended while pages are kept back:
-        nobody can tell about its guests any more, and a new process has memory of its own.
+        Raises SegmentError, which ends the node, if there was none for MAX_UNKNOWN_S while pages are
+        kept back: nobody else can tell, and a new process has memory of its own.
         """
-        link = self._kept.link
-        with contextlib.suppress(SegmentError):
-            if self._kept_back and not link.num_earlier_guests():
-                for lease in self._kept_back:
-                    lease.release(OwnerKind.REMOTE_WRITER)
-                self._kept_back = []
-        self.has_keeper = link.is_alive
-        if self.has_keeper:
+        self._watch.poll()
+        if not self._kept_back:
             return
-        log.error("the keeper has ended: if this process is killed, its KV is lost")
-        if self._kept_back:
-            raise SegmentError(f"the keeper ended with {self.num_kept_back} pages kept back")
+        if self._watch.has_keeper and not self._may_have_guests():
+            for lease in self._kept_back:
+                lease.release(OwnerKind.REMOTE_WRITER)
+            self._kept_back = []
+        elif self._watch.lost_for_s() > MAX_UNKNOWN_S:
+            raise SegmentError(f"no keeper, and {self.num_kept_back} pages are kept back")
+
+    def _may_have_guests(self) -> bool:
+        """Whether a guest of an earlier process may still write; also if the keeper does not say."""
+        try:
+            return self._kept.link.num_earlier_guests() > 0
+        except SegmentError:
+            return True
 
     def _keep_back(self, coordinator: HiSparseCoordinator) -> None:
         for pages in (coordinator.host.pages, coordinator.index.pages):

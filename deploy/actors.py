@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import ray
 
@@ -22,7 +23,7 @@ from ..hostpool.keeper_link import KeeperLink
 from ..transfer.node import Node, own_interpreter
 from .drain import DrainOnTerm
 from .incarnations import Incarnations
-from .keeping import find_or_start, keeper_path
+from .keeping import keeper_path, keeper_starter
 
 LOG_FORMAT = "%(asctime)s [{}] %(levelname)s %(message)s"
 
@@ -40,12 +41,29 @@ def _end_process(error: BaseException) -> None:
     os._exit(70)
 
 
+class _Keeper(NamedTuple):
+    """A node's keeper, and how to have another in its place."""
+
+    link: KeeperLink
+    start: Callable[[], KeeperLink]
+
+
+def _keeper(config: Config, run_id: str, node_id: str) -> _Keeper | None:
+    """The keeper of this node's memory, started if need be; without one nothing outlives us."""
+    start = keeper_starter(keeper_path(run_id, node_id), idle_s=config.decode.keep_s)
+    try:
+        return _Keeper(start(), start)
+    except SegmentError as error:
+        log.warning("no keeper, a kill of this process loses its KV: %s", error)
+        return None
+
+
 def _build(
     role: str,
     config: Config,
     node_id: str,
     bind_host: str,
-    link: KeeperLink | None,
+    keeper: _Keeper | None,
     stages: Stages,
 ) -> Node:
     """Builds the node of `role`; imports only what that role needs."""
@@ -60,21 +78,13 @@ def _build(
             node_id=node_id,
             bind_host=bind_host,
             on_fatal=_end_process,
-            link=link,
+            link=keeper.link if keeper else None,
+            start_keeper=keeper.start if keeper else None,
             stages=stages,
         )
     else:
         from .unified import build_node  # noqa: PLC0415
     return build_node(config, node_id=node_id, bind_host=bind_host, on_fatal=_end_process)
-
-
-def _keeper(config: Config, run_id: str, node_id: str) -> KeeperLink | None:
-    """The keeper of this node's memory, started if need be; without one nothing outlives us."""
-    try:
-        return find_or_start(keeper_path(run_id, node_id), idle_s=config.decode.keep_s)
-    except SegmentError as error:
-        log.warning("no keeper, a kill of this process loses its KV: %s", error)
-        return None
 
 
 def bind_address(config: Config) -> str:
@@ -102,9 +112,9 @@ class NodeActor:
         if not is_alone:
             log.warning("another process of this node holds its record: is it still alive?")
         keeps = is_alone and role == "decode" and config.decode.reattach
-        link = _keeper(config, run_id, node_id) if keeps else None
+        keeper = _keeper(config, run_id, node_id) if keeps else None
         self._stages.mark("keeper")
-        self._node = _build(role, config, node_id, bind_address(config), link, self._stages)
+        self._node = _build(role, config, node_id, bind_address(config), keeper, self._stages)
         self._incarnations.record(self._node.control.epoch)
         own_interpreter()
         self._node.start()

@@ -1,7 +1,8 @@
 """Finds or starts the keeper of a node on this machine.
 
-Called by the node's actor when it starts, after it has claimed the node's record (incarnations.py):
-whoever holds that lock is the only process of the node here. The keeper's socket lies in the same
+Called by the node's actor when it starts, after it has claimed the node's record (incarnations.py),
+and by its node when the keeper has ended: whoever holds that lock is the only process of the node
+here. The keeper's socket lies in the same
 private directory, under a name that is the same for each process of the node.
 """
 
@@ -13,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ..common.errors import SegmentError
@@ -46,6 +48,22 @@ def find_or_start(path: Path, *, idle_s: float, anchor_pid: int | None = None) -
         return KeeperLink(path)
     _start(path, idle_s, os.getppid() if anchor_pid is None else anchor_pid)
     return KeeperLink(path)
+
+
+def keeper_starter(path: Path, *, idle_s: float) -> Callable[[], KeeperLink]:
+    """find_or_start for as long as this process lives: for a keeper that has ended.
+
+    What it returns raises SegmentError as that does, and if Ray's daemon has ended: nobody would end
+    the new keeper then.
+    """
+    daemon = os.getppid()
+
+    def start() -> KeeperLink:
+        if os.getppid() != daemon:
+            raise SegmentError("the process that started this one has ended")
+        return find_or_start(path, idle_s=idle_s, anchor_pid=daemon)
+
+    return start
 
 
 def _start(path: Path, idle_s: float, anchor_pid: int) -> None:

@@ -7,11 +7,12 @@
     link = KeeperLink(path)                   another process of the same user and machine
     segment = link.borrow()
 
-A link that borrows says by being open that its process may write into the memory: close it only when
-nothing of it can write any more, and borrow anew for each owner that follows. The owner asks
-`num_earlier_guests` before it gives away pages that those could still write. The keeper's own side,
-and what makes an owner count as gone, is in deploy/keeper.py. Calls block for milliseconds; used
-from one thread at a time.
+Who has borrowed is a *guest*, which may write into the memory until it calls `give_back` or has ended:
+call that only when nothing of the process can write any more, and borrow anew for each owner that
+follows. The owner asks `num_earlier_guests` before it gives away pages that those could still write.
+A keeper that takes the place of one that was killed knows its guests, and they give back to it.
+The keeper's own side, and what makes an owner count as gone, is in deploy/keeper.py. Calls block for
+milliseconds, `own` and `give_back` as long as they say; any thread, one call at a time.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import select
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ from .segment import SharedSegment
 
 _TIMEOUT_S = 2.0
 _RETRY_S = 0.02
+_GIVE_BACK_S = 3.0
+_GIVE_BACK_RETRY_S = 0.25
 _MAX_PACKET_BYTES = 4096
 _CREDENTIALS = struct.Struct("3i")
 
@@ -46,6 +51,8 @@ class KeeperLink:
     def __init__(self, path: Path) -> None:
         self.is_owner = False
         self.path = path
+        self._ticket = 0
+        self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_TIMEOUT_S)
         try:
@@ -81,16 +88,47 @@ class KeeperLink:
         self._insist({"do": "hold"}, segment.descriptor)
 
     def borrow(self) -> SharedSegment:
-        """Maps the owner's memory as a guest. SegmentError if there is none."""
-        descriptor = self._insist({"do": "borrow"})
+        """Maps the owner's memory as a guest; once. SegmentError if there is none."""
+        self._ticket = secrets.randbits(62) + 1
+        descriptor = self._insist({"do": "borrow", "ticket": self._ticket})
         if descriptor is None:
             raise SegmentError("the keeper lends no memory")
         return SharedSegment.attach(descriptor)
 
+    def give_back(self) -> bool:
+        """Nothing of this process writes any more into what was borrowed; nothing if it was not.
+
+        Where the keeper is gone, waits up to _GIVE_BACK_S for another in its place; False if there
+        is none, or it is the end of the memory: if it is not, this process counts until it ends.
+        """
+        if not self._ticket:
+            return True
+        deadline_s = time.monotonic() + _GIVE_BACK_S
+        with contextlib.suppress(SegmentError):
+            if self._return_to(self):
+                return True
+        while time.monotonic() < deadline_s:
+            time.sleep(_GIVE_BACK_RETRY_S)
+            with (
+                contextlib.suppress(SegmentError),
+                contextlib.closing(KeeperLink(self.path)) as now,
+            ):
+                if self._return_to(now):
+                    return True
+        return False
+
+    def _return_to(self, link: KeeperLink) -> bool:
+        answer, received = link._ask({"do": "return", "ticket": self._ticket})
+        if received is not None:  # the late answer to a `borrow` that was given up
+            os.close(received)
+        return bool(answer["ok"])
+
     def num_earlier_guests(self) -> int:
-        """Guests that live and came before this owner: they could still write. The owner only."""
-        answer, _ = self._ask({"do": "guests"})
-        return int(answer.get("earlier", 0))
+        """Guests that came before this owner and may still write. SegmentError; the owner only."""
+        answer, received = self._ask({"do": "guests"})
+        if received is not None or type(answer.get("earlier")) is not int:
+            raise SegmentError(f"the keeper does not know: {answer.get('why')}")
+        return int(answer["earlier"])
 
     @property
     def is_alive(self) -> bool:
@@ -123,8 +161,9 @@ class KeeperLink:
     ) -> tuple[dict[str, Any], int | None]:
         sent = [] if descriptor is None else [descriptor]
         try:
-            socket.send_fds(self._socket, [json.dumps(message).encode()], sent)
-            packet, received, _, _ = socket.recv_fds(self._socket, _MAX_PACKET_BYTES, 1)
+            with self._lock:
+                socket.send_fds(self._socket, [json.dumps(message).encode()], sent)
+                packet, received, _, _ = socket.recv_fds(self._socket, _MAX_PACKET_BYTES, 1)
             for each in received:
                 os.set_inheritable(each, False)
             answer = json.loads(packet)

@@ -7,7 +7,8 @@ A memfd has no name: nothing is left in /dev/shm when the last holder has ended.
 
 | bytes                   | hold                                                                |
 |-------------------------|---------------------------------------------------------------------|
-| [0, HEADER_BYTES)       | magic, spoiled mark, generation, proven generation, table            |
+| [0, LEDGER_AT)          | magic, spoiled mark, generation, proven generation, table            |
+| [LEDGER_AT, HEADER_BYTES) | other processes that may write here: the keeper's (deploy/keeper.py) |
 | the rest                | the parts, each aligned to PART_ALIGNMENT                           |
 
 The table (identity, and name, offset and size of each part) is written once, before anybody else has
@@ -34,9 +35,10 @@ from ..common.errors import ConfigError, SegmentError
 from .memory import available_host_bytes
 
 HEADER_BYTES = 64 * 1024
+LEDGER_AT = 60 * 1024
 PART_ALIGNMENT = 2 * 1024 * 1024
 """A huge page, so that parts can be backed and pinned by whole ones."""
-MAGIC = b"tidepool segment 1\n\0\0\0\0\0"
+MAGIC = b"tidepool segment 2\n\0\0\0\0\0"
 _SPOILED_AT = len(MAGIC)
 _GENERATION_AT = _SPOILED_AT + 8
 _PROVEN_AT = _GENERATION_AT + 8
@@ -214,7 +216,7 @@ def _lay_out(parts: Mapping[str, int], identity: str) -> _Table:
         offset += -(-num_bytes // PART_ALIGNMENT) * PART_ALIGNMENT
     table = _Table(identity, placed)
     table_bytes = len(msgspec.msgpack.encode(table))
-    if _TABLE_AT + _TABLE_HEAD.size + table_bytes > HEADER_BYTES:
+    if _TABLE_AT + _TABLE_HEAD.size + table_bytes > LEDGER_AT:
         raise ConfigError(f"a segment's table of {table_bytes} bytes does not fit into its header")
     return table
 
@@ -229,7 +231,7 @@ def _read_table(memory: mmap.mmap, num_bytes: int) -> _Table:
         raise SegmentError("the memory is not a segment of this version")
     length, expected = _TABLE_HEAD.unpack_from(memory, _TABLE_AT)
     first = _TABLE_AT + _TABLE_HEAD.size
-    if first + length > HEADER_BYTES:
+    if first + length > LEDGER_AT:
         raise SegmentError(f"a table of {length} bytes does not fit into the header")
     text = memory[first : first + length]
     if xxhash.xxh64_intdigest(text) != expected:

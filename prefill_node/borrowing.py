@@ -47,8 +47,12 @@ class BorrowedMemory:
         }
 
     def close(self) -> None:
-        """The link last: while it is open its keeper counts this process as one that may write."""
+        """Gives back last: until then its keeper counts this process as one that may write.
+
+        Waits some seconds where the keeper has ended.
+        """
         for memory in self._memory.values():
             memory.close()
         self._memory.clear()
+        self._link.give_back()
         self._link.close()

@@ -6,6 +6,7 @@ handlers; wrapped by a Ray actor. Methods are called on the actor's threads.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
@@ -110,6 +111,7 @@ class Node:
 
     Args:
         engines: the node's engines, each stepped by `step_loop`.
+        let_go: called first of all when the node stops: nothing is to outlive it.
         closers: called last, in order: the transfer thread, the transport, pinned memory.
         max_context: longest sequence the node takes, in tokens.
         fence: of a node whose memory peers write to.
@@ -124,6 +126,7 @@ class Node:
         *,
         max_context: int,
         fence: DataFence | None = None,
+        let_go: Callable[[], None] | None = None,
         closers: Sequence[Callable[[], None]] = (),
     ) -> None:
         self._fence = fence
@@ -131,6 +134,7 @@ class Node:
         self._step_loop = step_loop
         self._handlers = handlers
         self._engines = engines
+        self._let_go = let_go
         self._closers = closers
         self._max_context = max_context
 
@@ -207,12 +211,16 @@ class Node:
         is_sent.wait(FLUSH_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Ends both loops and closes what is open. May be called twice."""
-        self.control.stop()
-        self._step_loop.stop(timeout_s=30.0)
-        for close in self._closers:
-            close()
-        self._closers = ()
+        """Ends both loops and closes what is open, also where a part of that raises. May be called
+        twice."""
+        closers, self._closers = self._closers, ()
+        with contextlib.ExitStack() as stack:
+            for close in reversed(closers):
+                stack.callback(close)
+            if self._let_go is not None:
+                self._let_go()
+            self.control.stop()
+            self._step_loop.stop(timeout_s=30.0)
 
 
 def _draining() -> RequestError:

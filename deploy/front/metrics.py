@@ -35,6 +35,7 @@ NODE_COUNTERS = frozenset(
         "hellos_refused",
         "hot_hits",
         "hot_misses",
+        "keeper_restarts",
         *(f"long_step_gaps_{cause}" for cause in STEP_CAUSES),
         *(f"long_step_gaps_{cause}_ms" for cause in STEP_CAUSES),
         "output_tokens",

@@ -5,61 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.keepers import GUEST, Child, children, keepers_of, wait_until
 
 from tidepool.common.errors import SegmentError
 from tidepool.deploy.keeping import find_or_start, keeper_path
 from tidepool.hostpool.keeper_link import KeeperLink
 from tidepool.hostpool.segment import SharedSegment
-
-OWNER = """
-import os, sys, time
-from pathlib import Path
-from tidepool.deploy.keeping import find_or_start
-from tidepool.hostpool.segment import SharedSegment
-link = find_or_start(Path(sys.argv[1]), idle_s=float(sys.argv[2]), anchor_pid=int(sys.argv[3]))
-segment = link.own(5.0)
-if segment is None:
-    segment = SharedSegment.create({"kv": 4096}, identity="test", what="test")
-    link.hold(segment)
-else:
-    segment.begin_generation()
-print(segment.generation, int(segment.part("kv")[0]), flush=True)
-segment.part("kv")[0] += 1
-time.sleep(60)
-"""
-GUEST = """
-import sys, time
-from pathlib import Path
-from tidepool.hostpool.keeper_link import KeeperLink
-link = KeeperLink(Path(sys.argv[1]))
-segment = link.borrow()
-segment.part("kv")[1] = 77
-print("mapped", flush=True)
-time.sleep(60)
-"""
-
-
-class Child:
-    """A process of the test, and what it said first."""
-
-    def __init__(self, script: str, *arguments: object) -> None:
-        command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
-        assert self.process.stdout is not None
-        self.said = self.process.stdout.readline().split()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(10.0)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @pytest.fixture
@@ -69,39 +24,8 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(path: Path) -> Iterator[Callable[..., Child]]:
-    children: list[Child] = []
-
-    def start(script: str = OWNER, idle_s: float = 30.0, anchor: int | None = None) -> Child:
-        arguments = (path, idle_s, os.getpid() if anchor is None else anchor)
-        children.append(Child(script, *arguments))
-        return children[-1]
-
-    yield start
-    for child in children:
-        child.kill()
-    for pid in keepers_of(path):
-        os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not keepers_of(path))
-    assert not path.exists()
-
-
-def keepers_of(path: Path) -> list[int]:
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            try:
-                if str(path).encode() in (process / "cmdline").read_bytes().split(b"\0"):
-                    found.append(int(process.name))
-            except OSError:
-                continue
-    return [pid for pid in found if b"keeper.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    with children(path) as start:
+        yield start
 
 
 def test_memory_outlives_owners_that_are_killed_and_each_finds_what_the_last_wrote(
@@ -144,7 +68,7 @@ def test_a_guest_shares_the_memory_and_the_next_owner_hears_that_it_lives(
 ) -> None:
     owner = start()
     guest = start(GUEST)
-    assert guest.said == ["mapped"]
+    assert guest.said[0] == "mapped"
     os.kill(owner.process.pid, signal.SIGKILL)
     link = KeeperLink(path)
     segment = link.own(5.0)
@@ -155,9 +79,39 @@ def test_a_guest_shares_the_memory_and_the_next_owner_hears_that_it_lives(
     assert link.num_earlier_guests() == 1, "the guest of the owner of now does not count"
     guest.kill()
     wait_until(lambda: link.num_earlier_guests() == 0)
+    assert later.give_back()
+    link.end()
     for each in (link, later):
-        each.end()
         each.close()
+
+
+def test_a_guest_counts_until_it_gives_back_whatever_becomes_of_its_connection(
+    path: Path, start: Callable[..., Child]
+) -> None:
+    owner = start()
+    guest = KeeperLink(path)
+    guest.borrow()
+    guest._socket.close()
+    os.kill(owner.process.pid, signal.SIGKILL)
+    link = KeeperLink(path)
+    assert link.own(5.0) is not None
+    assert link.num_earlier_guests() == 1
+    assert guest.give_back()
+    assert link.num_earlier_guests() == 0
+    link.end()
+    link.close()
+
+
+def test_nobody_gives_back_for_another(path: Path, start: Callable[..., Child]) -> None:
+    owner = start()
+    guest = start(GUEST)
+    os.kill(owner.process.pid, signal.SIGKILL)
+    link = KeeperLink(path)
+    assert link.own(5.0) is not None
+    link._insist({"do": "return", "ticket": int(guest.said[1])})
+    assert link.num_earlier_guests() == 1
+    link.end()
+    link.close()
 
 
 def test_the_keeper_ends_with_its_anchor(path: Path, start: Callable[..., Child]) -> None:
@@ -205,7 +159,15 @@ def test_rubbish_is_refused_and_the_keeper_lives_on(
     path: Path, start: Callable[..., Child]
 ) -> None:
     start()
-    for packet in (b"{", b"[]", b"null", b'{"do": 5}', b'{"do": "own", "x": [1]}', bytes(4096)):
+    for packet in (
+        b"{",
+        b"[]",
+        b"null",
+        b'{"do": 5}',
+        b'{"do": "own", "x": [1]}',
+        b'{"do": "borrow"}',
+        bytes(4096),
+    ):
         link = KeeperLink(path)
         link._socket.sendall(packet)
         assert b'"ok": false' in link._socket.recv(4096)

@@ -163,12 +163,35 @@ def test_without_its_keeper_a_killed_node_loses_time_and_no_stream() -> None:
         expected = answers(cluster)
         streams = started(cluster)
         before = prefilled(cluster)
-        for pid in keepers_at(keeper_path(cluster.run_id, "decode-0")):
-            os.kill(pid, signal.SIGKILL)
-        kill(cluster, "decode-0")
+        node = ray.get(cluster.nodes["decode-0"].info.remote(), timeout=10.0)["pid"]
+        for pid in (*keepers_at(keeper_path(cluster.run_id, "decode-0")), node):
+            os.kill(pid, signal.SIGKILL)  # at once: the node would have another keeper soon
         assert_all_are(streams, expected)
         assert prefilled(cluster) > before
         assert audits(cluster)["decode-0"]["reattached_requests"] == 0
+        assert_settles_empty(cluster)
+
+
+def test_a_keeper_that_took_the_place_of_another_keeps_every_stream() -> None:
+    """A prefill node on the same machine had the memory of the first one, and gives it back."""
+    with reattaching("reattach-replaced") as cluster:
+        expected = answers(cluster)
+        streams = started(cluster)
+        before = prefilled(cluster)
+        (first,) = keepers_at(keeper_path(cluster.run_id, "decode-0"))
+        os.kill(first, signal.SIGKILL)
+        wait_until(
+            lambda: audits_or_none(cluster).get("keeper_restarts", 0) == 1, 20.0, "another keeper"
+        )
+        kill(cluster, "decode-0")
+        assert_all_are(streams, expected)
+        assert prefilled(cluster) == before
+        wait_until(
+            lambda: audits_or_none(cluster).get("pages_kept_from_guests", 1) == 0,
+            20.0,
+            "the guest's word",
+        )
+        assert audits(cluster)["decode-0"]["reattached_requests"] > 0
         assert_settles_empty(cluster)
 
 
@@ -178,6 +201,7 @@ def test_memory_that_was_found_wrong_is_not_gone_on_from() -> None:
         streams = started(cluster)
         link = KeeperLink(keeper_path(cluster.run_id, "decode-0"))
         link.borrow().spoil()
+        link.give_back()
         link.close()
         kill(cluster, "decode-0")
         assert_all_are(streams, expected)

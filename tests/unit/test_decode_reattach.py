@@ -13,8 +13,9 @@ from helpers.tiny_models import INDEX_TOPK, VETTED_SEEDS, prompt, session_checkp
 from tidepool.common.errors import SegmentError
 from tidepool.common.wire import UNKNOWN_ATTEMPT, Finish, OutputToken, PageRun, Resume
 from tidepool.decode_node.journal import Journal
+from tidepool.decode_node.keeper_watch import KeeperWatch
 from tidepool.decode_node.kept import PROOF_STEPS, KeptMemory
-from tidepool.decode_node.reattach import Aftermath, reattach
+from tidepool.decode_node.reattach import MAX_UNKNOWN_S, Aftermath, reattach
 from tidepool.deploy.local import FRONT_ID
 
 SEED = VETTED_SEEDS["glm52"][0]
@@ -244,8 +245,9 @@ class FakeLink:
 
 def aftermath_of(life: Life, link: FakeLink, *, is_fresh: bool = False) -> Aftermath:
     kept = KeptMemory(life.segment, link, life.shape, is_fresh)  # type: ignore[arg-type]
-    decode = life.node.decode
-    return Aftermath(kept, decode.coordinator, lambda: decode.num_steps, life.node.clock.now)
+    decode, now = life.node.decode, life.node.clock.now
+    watch = KeeperWatch(kept, None, now)
+    return Aftermath(kept, watch, decode.coordinator, lambda: decode.num_steps, now)
 
 
 def test_pages_of_nobody_wait_for_guests_of_the_process_before(
@@ -281,9 +283,25 @@ def test_without_a_keeper_nobody_can_say_that_its_guests_are_gone(path: Path) ->
     aftermath = aftermath_of(life, link)
     link.is_alive = False
     life.node.clock.advance(1.0)
+    aftermath.step()
+    life.node.clock.advance(MAX_UNKNOWN_S - 1.0)
+    aftermath.step()
+    assert aftermath.num_kept_back > 0, "another keeper could still come"
+    life.node.clock.advance(2.0)
     with pytest.raises(SegmentError, match="kept back"):
         aftermath.step()
     assert aftermath.num_kept_back > 0
+
+
+def test_pages_are_kept_back_from_the_start_if_the_keeper_does_not_say(path: Path) -> None:
+    life = Life(path, **SETTINGS)
+    link = FakeLink()
+    link.is_slow = True
+    aftermath = aftermath_of(life, link)
+    assert aftermath.num_kept_back > 0
+    link.is_slow = False
+    aftermath.step()
+    assert aftermath.num_kept_back == 0
 
 
 def test_a_keeper_that_is_slow_to_answer_is_asked_again(path: Path) -> None:
@@ -294,7 +312,7 @@ def test_a_keeper_that_is_slow_to_answer_is_asked_again(path: Path) -> None:
     link.is_slow = True
     life.node.clock.advance(1.0)
     aftermath.step()
-    assert aftermath.has_keeper
+    assert aftermath.num_kept_back > 0
     link.is_slow, link.num_guests = False, 0
     life.node.clock.advance(1.0)
     aftermath.step()
