@@ -202,10 +202,6 @@ class HotCache:
         positions = torch.arange(first, end)
         return seat * self.seat_rows + self.hot_rows + positions % self.ring_rows
 
-    def num_resident(self) -> int:
-        """Rows that hot slots hold now, over all seats, in the first index group."""
-        return int((self.position_of_slot_GSH[0] >= 0).sum())
-
     def check_invariants(self) -> None:
         """Raises InvariantError unless both tables of every seat say the same."""
         G, S, _ = self.position_of_slot_GSH.shape

@@ -121,11 +121,6 @@ class Sequence:
         return not self.has_ended and self.next_index + 1 < self.sampling.max_tokens
 
     @property
-    def max_len(self) -> int:
-        """Length of the sequence when max_tokens is reached."""
-        return self.num_prompt_tokens + self.sampling.max_tokens
-
-    @property
     def num_remaining(self) -> int:
         """Output tokens it may still produce."""
         return self.sampling.max_tokens - len(self.output)

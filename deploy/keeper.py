@@ -2,7 +2,7 @@
 
     python -I -S keeper.py LISTENER ANCHOR PATH IDLE_S
 
-Started by the node's actor (start_keeper), it lives in a session of its own and is no child of the
+Started by the node (deploy/keeping.py), it lives in a session of its own and is no child of the
 actor, so that neither the actor's death nor its killer reaches it. It never maps the memory: it
 holds a descriptor. It ends when it is told to, when the process behind ANCHOR has ended (Ray's
 daemon on this machine), after IDLE_S seconds without an owner, and on SIGTERM; with it, and with

@@ -2,8 +2,8 @@
 
 Called by the node's actor when it starts, after it has claimed the node's record (incarnations.py),
 and by its node when the keeper has ended: whoever holds that lock is the only process of the node
-here. The keeper's socket lies in the same
-private directory, under a name that is the same for each process of the node.
+here. The keeper's socket lies in the same private directory, under a name that is the same for each
+process of the node.
 """
 
 from __future__ import annotations

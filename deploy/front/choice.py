@@ -101,10 +101,6 @@ class Call:
     changed: asyncio.Event
 
     @property
-    def choices_per_prompt(self) -> int:
-        return len(self.choices) // len(self.prompts)
-
-    @property
     def open_choices(self) -> list[Choice]:
         return [choice for choice in self.choices if choice.is_open]
 

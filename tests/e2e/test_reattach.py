@@ -25,6 +25,7 @@ from helpers.clusters import (
     running,
     wait_until,
 )
+from helpers.keepers import keepers_of
 
 from tidepool.deploy.cluster import Cluster
 from tidepool.deploy.demo.data import make_prompt
@@ -45,29 +46,15 @@ SETTINGS: dict[str, Any] = {
 PROMPTS = [make_prompt(200 + 40 * number, seed=number).token_ids for number in range(NUM_STREAMS)]
 
 
-def keepers_at(path: Path) -> list[int]:
-    """Processes that keep memory under that name."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            try:
-                words = (process / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if str(path).encode() in words:
-                found.append(int(process.name))
-    return found
-
-
 @contextmanager
 def reattaching(name: str) -> Iterator[Cluster]:
     """A running cluster; behind it there is no keeper, no socket of one, nothing in shared memory."""
     memory_before = set(Path("/dev/shm").glob("*tidepool*"))
     with running(demo({**SETTINGS, "cluster.name": name})) as cluster:
         path = keeper_path(cluster.run_id, "decode-0")
-        assert len(keepers_at(path)) == 1
+        assert len(keepers_of(path)) == 1
         yield cluster
-    wait_until(lambda: not keepers_at(path), 20.0, "the keeper's end")
+    wait_until(lambda: not keepers_of(path), 20.0, "the keeper's end")
     assert not path.exists()
     assert set(Path("/dev/shm").glob("*tidepool*")) <= memory_before
 
@@ -164,7 +151,7 @@ def test_without_its_keeper_a_killed_node_loses_time_and_no_stream() -> None:
         streams = started(cluster)
         before = prefilled(cluster)
         node = ray.get(cluster.nodes["decode-0"].info.remote(), timeout=10.0)["pid"]
-        for pid in (*keepers_at(keeper_path(cluster.run_id, "decode-0")), node):
+        for pid in (*keepers_of(keeper_path(cluster.run_id, "decode-0")), node):
             os.kill(pid, signal.SIGKILL)  # at once: the node would have another keeper soon
         assert_all_are(streams, expected)
         assert prefilled(cluster) > before
@@ -178,7 +165,7 @@ def test_a_keeper_that_took_the_place_of_another_keeps_every_stream() -> None:
         expected = answers(cluster)
         streams = started(cluster)
         before = prefilled(cluster)
-        (first,) = keepers_at(keeper_path(cluster.run_id, "decode-0"))
+        (first,) = keepers_of(keeper_path(cluster.run_id, "decode-0"))
         os.kill(first, signal.SIGKILL)
         wait_until(
             lambda: audits_or_none(cluster).get("keeper_restarts", 0) == 1, 20.0, "another keeper"

@@ -119,6 +119,7 @@ def children(path: Path) -> Iterator[Callable[..., Child]]:
 
 
 def keepers_of(path: Path) -> list[int]:
+    """Keepers that listen at `path`: their pids."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
